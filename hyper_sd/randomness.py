@@ -1,0 +1,69 @@
+"""Every random draw is a pure function of integers, never of rank, micro-batch or call order.
+
+A per-sample draw is keyed by (seed, step, global sample index, purpose), a batch-wide draw by (seed, step, purpose).
+"""
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class Purpose(IntEnum):
+    """What a draw is for; two purposes never share a stream. Values are part of every run's reproducibility: only append."""
+
+    INIT = 0
+    TIMESTEP = 1
+    JUMP = 2
+    NOISE = 3
+    OFFSET_NOISE = 4
+    GUIDANCE = 5
+    DROP_CAPTION = 6
+    ENCODE = 7
+    EPOCH_ORDER = 8
+    SAMPLE = 9
+
+
+def _splitmix64(value: int) -> int:
+    value = (value + _GOLDEN) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def fold(*keys: int) -> int:
+    """Hash integers to one 64-bit seed; unlike `hash()` it is the same in every process."""
+    state = 0
+    for key in keys:
+        state = _splitmix64(state ^ (int(key) & _MASK))
+    return state
+
+
+def uniforms(keys: Sequence[int], index: np.ndarray, num: int) -> np.ndarray:
+    """Uniform floats in [0, 1), shape (len(index), num), row i a function of (*keys, index[i]) alone."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(fold(*keys)) ^ np.asarray(index, dtype=np.uint64)[:, None]
+        state = _splitmix64_array(_splitmix64_array(state) ^ np.arange(num, dtype=np.uint64)[None])
+    return (state >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def _splitmix64_array(value: np.ndarray) -> np.ndarray:
+    value = value + np.uint64(_GOLDEN)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def generator(*keys: int) -> torch.Generator:
+    """A CPU generator seeded by the fold of the keys; draws are made on the CPU so that devices agree."""
+    return torch.Generator().manual_seed(fold(*keys))
+
+
+def normal(keys: Sequence[int], samples: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal draws, shape (len(samples), *shape), row i a function of (*keys, samples[i]) alone."""
+    return torch.stack([torch.randn(*shape, generator=generator(*keys, sample)) for sample in samples])
