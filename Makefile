@@ -1,0 +1,51 @@
+# make demo | test | evaluate | check | fix | clean. The first call on a fresh machine makes the virtual environment.
+#
+#   PYTHON=python3.12       the interpreter that the environment is made from (3.11 or newer)
+#   VENV=/somewhere/venv    where the environment lives
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu    take torch from another index, e.g. the one of the CPU builds
+#   ARGS="key=value ..."    overrides for demo and evaluate, options for pytest in test
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test evaluate check fix clean install
+.DEFAULT_GOAL := demo
+
+demo: $(STAMP)
+	$(BIN)/python scripts/train.py resume=auto $(ARGS)
+
+evaluate: $(STAMP)
+	$(BIN)/python scripts/evaluate.py run=outputs/demo $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(STAMP)
+
+# torch first: it may come from an index of its own, and the later install then finds it in place.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+# Caches and builds only: outputs/ and the environment stay.
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
