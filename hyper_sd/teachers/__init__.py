@@ -1,0 +1,41 @@
+"""Teachers by family. A new family is a new file and one line in `_family`."""
+
+import torch
+from diffusers import DiffusionPipeline
+
+from hyper_sd.config import TeacherConfig
+from hyper_sd.teachers.base import Teacher, TeacherFacts, load_stock_pipeline, read_facts
+
+__all__ = ["Teacher", "TeacherFacts", "inspect_teacher", "load_pipeline", "load_teacher"]
+
+
+def inspect_teacher(cfg: TeacherConfig) -> TeacherFacts:
+    """What the configuration files at `teacher.path` say, without loading a weight; ValueError naming the key if they do not fit."""
+    return read_facts(cfg, _family(cfg))
+
+
+def load_teacher(cfg: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """The teacher on `device`, network and text encoders in `dtype`. Everything that can be refused is refused before its weights load."""
+    family = _family(cfg)
+    facts = read_facts(cfg, family)
+    return family(load_stock_pipeline(cfg, family, {"default": dtype, "vae": torch.float32}), facts, device)
+
+
+def load_pipeline(cfg: TeacherConfig, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """A fresh stock diffusers pipeline of the teacher in `dtype` on the CPU, safety checker off."""
+    family = _family(cfg)
+    read_facts(cfg, family)
+    return load_stock_pipeline(cfg, family, {"default": dtype})
+
+
+def _family(cfg: TeacherConfig) -> type[Teacher]:
+    match cfg.family:
+        case "sd15":
+            from hyper_sd.teachers.sd15 import Sd15Teacher
+
+            return Sd15Teacher
+        case "sdxl":
+            from hyper_sd.teachers.sdxl import SdxlTeacher
+
+            return SdxlTeacher
+    raise ValueError(f"teacher.family must be sd15 or sdxl: got {cfg.family}")
