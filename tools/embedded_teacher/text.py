@@ -28,22 +28,32 @@ def write_tokenizer(path: Path) -> CLIPTokenizer:
     """A byte-pair tokenizer with one token for every word of the captions; other words fall apart into letters."""
     words = sorted({word for phrase in (*SHAPES, *SIZES, *PLACES, *COLORS, *BACKGROUNDS, "a and at on the background") for word in phrase.split()})
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens, merges = letters + [f"{letter}</w>" for letter in letters], []
+    tokens = letters + [f"{letter}</w>" for letter in letters]
+    merges: list[tuple[str, str]] = []
     for word in words:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        while len(pieces) > 1:
-            merge = (pieces[0], pieces[1])
-            pieces[:2] = ["".join(merge)]
-            if merge not in merges:
-                merges.append(merge)
-                tokens.append(pieces[0])
+        pieces = _apply_merges([*word[:-1], f"{word[-1]}</w>"], merges)
+        while len(pieces) > 1:  # a new merge comes last in rank, so it cannot change how earlier words are split
+            merges.append((pieces[0], pieces[1]))
+            pieces = _apply_merges(pieces, merges)
+            tokens.append("".join(merges[-1]))
     vocab = {token: index for index, token in enumerate([*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"])}
     path.mkdir(parents=True, exist_ok=True)
     (path / "vocab.json").write_text(json.dumps(vocab))
     (path / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     tokenizer = CLIPTokenizer(vocab=str(path / "vocab.json"), merges=str(path / "merges.txt"), model_max_length=MAX_LENGTH)
     tokenizer.save_pretrained(path)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in words)
     return tokenizer
+
+
+def _apply_merges(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    for left, right in merges:
+        index = 0
+        while index < len(pieces) - 1:
+            if (pieces[index], pieces[index + 1]) == (left, right):
+                pieces = [*pieces[:index], left + right, *pieces[index + 2 :]]
+            index += 1
+    return pieces
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:

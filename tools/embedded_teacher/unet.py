@@ -59,7 +59,9 @@ def train_unet(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPT
             cond = text_encoder(torch.where(drop[:, None], empty, ids[rows])).last_hidden_state
         alpha_bar = alphas_cumprod[t][:, None, None, None]
         x_t = alpha_bar.sqrt() * latents[rows].float() + (1 - alpha_bar).sqrt() * noise
-        error = unet(x_t, t, cond).sample - noise
+        with torch.autocast("cpu", torch.bfloat16):
+            output = unet(x_t, t, cond).sample
+        error = output.float() - noise
         return (weight[t] * error.square().mean((1, 2, 3))).mean()
 
     plan = Plan(name="unet", steps=steps, lr=1e-3, warmup=300, ema_decay=0.999, weight_decay=0.01)

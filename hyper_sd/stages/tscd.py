@@ -1,0 +1,151 @@
+"""Trajectory segmented consistency distillation (paper section 3.1, Algorithm 1).
+
+[tau_0, T] is cut into k segments. Within a segment, jumps to one point s from two neighbouring points of one teacher
+trajectory must agree:
+
+    L = d( Psi(x_t, f_student(x_t, t, c), s),  Psi(x_u, f_target(x_u, u, c), s) )      (Eq. 12)
+    x_u = Psi(x_t, f_teacher(x_t, t, c, w), u)                                        (Eq. 1: one step to the neighbour u)
+
+with t on the solver grid, edge <= s <= u < t, and Psi the DDIM jump. There is no c_skip or c_out, and the network is never
+told s. With k = N every segment is one solver step and the student learns the teacher's own steps; with k = 1 this is
+consistency trajectory training.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hyper_sd.denoiser import Denoiser, Prediction
+from hyper_sd.objective import Batch, Context, Loss, Objective, Shared
+from hyper_sd.randomness import Draws, Purpose
+from hyper_sd.roles import Role
+from hyper_sd.schedule import SolverGrid, per_sample
+
+STUDENT, TARGET, PREVIOUS = "student", "target", "previous"
+HUBER_C = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceRange:
+    """The solver's guidance scale w is uniform on [min, max], per sample, in the convention where 1 is off."""
+
+    min: float
+    max: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TSCD:
+    """One TSCD stage; the keys and their defaults are explained in configs/stage/tscd.yaml."""
+
+    segments: int
+    solver_steps: int = 40
+    guidance: GuidanceRange | None = None
+    target: Literal["ema", "online"] = "ema"
+    ema_decay: float = 0.95
+    export_weights: Literal["ema", "student"] = "ema"
+    jump: Literal["random", "edge"] = "random"
+    compare: Literal["x_s", "x0"] = "x_s"
+    loss: Literal["mse", "huber"] = "mse"
+    teacher: Literal["base", "previous_stage"] = "base"
+    offset_noise: float = 0.0
+    empty_prompt_ratio: float = 0.0
+
+    def check(self, num_steps: int) -> None:
+        SolverGrid(num_steps, self.solver_steps, self.segments)
+        for name, low, high in (("ema_decay", 0, 1), ("empty_prompt_ratio", 0, 1)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"stage.{name} must be between {low} and {high}: got {getattr(self, name)}")
+        if self.offset_noise < 0:
+            raise ValueError(f"stage.offset_noise must not be negative: got {self.offset_noise}")
+        if self.guidance is not None and self.guidance.min > self.guidance.max:
+            raise ValueError(f"stage.guidance.min must not exceed stage.guidance.max: got {self.guidance.min} > {self.guidance.max}")
+        if self.teacher == "previous_stage" and self.guidance is not None:
+            raise ValueError(
+                "stage.teacher=previous_stage already carries its guidance, so it must not be guided again: "
+                f"got guidance={self.guidance.min}..{self.guidance.max}; set stage.guidance=null"
+            )
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        needs_ema = self.target == "ema" or self.export_weights == "ema"
+        return (STUDENT, *([TARGET] if needs_ema else []), *([PREVIOUS] if self.teacher == "previous_stage" else []))
+
+    @property
+    def exports(self) -> str:
+        return TARGET if self.export_weights == "ema" else STUDENT
+
+    @property
+    def teacher_role(self) -> Role:
+        return (PREVIOUS,) if self.teacher == "previous_stage" else ()
+
+    @property
+    def target_role(self) -> Role:
+        return (TARGET,) if self.target == "ema" else (STUDENT,)
+
+    def objectives(self, ctx: Context) -> tuple[Objective, ...]:
+        return (Objective(trains=(STUDENT,), loss=partial(self.consistency_loss, ctx.denoiser)),)
+
+    def after_step(self, ctx: Context, step: int) -> None:
+        if TARGET in self.adapters:
+            ctx.roles.ema(STUDENT, TARGET, self.ema_decay)
+
+    def consistency_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
+        """Eq. 12 for one micro-batch: the mean over samples of the distance d."""
+        t, u, s = (point.to(batch.x0.device) for point in self.draw_points(batch.draws, denoiser.schedule.num_steps))
+        batch = self._drop_captions(batch)
+        x_t = denoiser.noise(batch.x0, self._draw_noise(batch), t)
+        with torch.no_grad():
+            x_u = self.solver_step(denoiser, batch, x_t, t, u)
+            target = self._compared(denoiser, self._target(denoiser, batch, x_u, u), u, s, x_u)
+        student = self._compared(denoiser, denoiser((STUDENT,), x_t, t, batch.cond), t, s, x_t)
+        distance = self.distance(student, target)
+        return Loss(distance.mean(), {"distance": distance.detach().mean()})
+
+    def draw_points(self, draws: Draws, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Network times (t, u, s), each (B,): a grid point, its lower neighbour, and the jump's target; -1 is the clean end."""
+        grid = SolverGrid(num_steps, self.solver_steps, self.segments)
+        index = draws.integers(Purpose.TIMESTEP, 1, self.solver_steps)
+        tau, tau_u, edge = grid.tau(index), grid.tau(index - 1), grid.tau(grid.edge_index(index))
+        tau_s = edge if self.jump == "edge" else draws.integers(Purpose.JUMP, edge, tau_u)
+        return tau - 1, tau_u - 1, tau_s - 1
+
+    def solver_step(self, denoiser: Denoiser, batch: Batch, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
+        """Eq. 1: one guided DDIM step of the teacher from t to its neighbour u."""
+        if self.guidance is None:
+            return denoiser.jump(denoiser(self.teacher_role, x_t, t, batch.cond), u)
+        low, high = self.guidance.min, self.guidance.max
+        w = (low + (high - low) * batch.draws.uniform(Purpose.GUIDANCE)).to(x_t)
+        return denoiser.jump(denoiser(self.teacher_role, x_t, t, batch.cond, w=w, uncond=batch.uncond), u)
+
+    def distance(self, student: Tensor, target: Tensor) -> Tensor:
+        """d per sample (B,): the mean square, or pseudo-Huber sqrt(r^2 + c^2) - c."""
+        error = (student - target).flatten(1)
+        if self.loss == "mse":
+            return error.square().mean(1)
+        return ((error.square() + HUBER_C**2).sqrt() - HUBER_C).mean(1)
+
+    def _target(self, denoiser: Denoiser, batch: Batch, x_u: Tensor, u: Tensor) -> Prediction:
+        return denoiser(self.target_role, x_u, u.clamp(min=0), batch.cond)
+
+    def _compared(self, denoiser: Denoiser, prediction: Prediction, start: Tensor, s: Tensor, x_start: Tensor) -> Tensor:
+        """What d compares: the point x_s or the clean estimate x0. A jump that stays where it is (s = start) is exact: x_s = x_start."""
+        if self.compare == "x0":
+            clean = per_sample(start < 0, x_start)
+            return torch.where(clean, x_start, prediction.x0)
+        return torch.where(per_sample(start == s, x_start), x_start, denoiser.jump(prediction, s))
+
+    def _draw_noise(self, batch: Batch) -> Tensor:
+        noise = batch.draws.normal(Purpose.NOISE, batch.x0.shape[1:])
+        if self.offset_noise > 0:
+            noise = noise + self.offset_noise * batch.draws.normal(Purpose.OFFSET_NOISE, (batch.x0.shape[1], 1, 1))
+        return noise.to(batch.x0)
+
+    def _drop_captions(self, batch: Batch) -> Batch:
+        if self.empty_prompt_ratio == 0:
+            return batch
+        drop = (batch.draws.uniform(Purpose.DROP_CAPTION) < self.empty_prompt_ratio).to(batch.x0.device)
+        cond = tuple(torch.where(per_sample(drop, c), u, c) for c, u in zip(batch.cond, batch.uncond, strict=True))
+        return Batch(batch.x0, cond, batch.uncond, batch.draws)
