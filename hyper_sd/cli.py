@@ -1,0 +1,229 @@
+"""`entry`: Hydra's command line with clear errors. Imports no torch, so that `--help` and a typo answer at once."""
+
+import argparse
+import functools
+import itertools
+import os
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hyper_sd.config import nearest
+from hyper_sd.paths import config_dir
+
+FREE_TEXT = ("prompt", "data.path")  # commas and braces in the values of these keys are meant literally
+TRACEBACK = "HYPER_SD_TRACEBACK"
+
+
+def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make `main(cfg)` a command: `configs/<config_name>.yaml` and the overrides of the command line, composed by Hydra.
+
+    Overrides are checked before Hydra sees them. A ValueError raised by this package is printed as one line, exit code 2.
+    """
+
+    def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def job(cfg: DictConfig) -> None:
+            try:
+                main(cfg)
+            except ValueError as error:
+                if os.environ.get(TRACEBACK) or not _is_ours(error):
+                    traceback.print_exc()
+                    raise SystemExit(1) from None
+                fail(str(error))
+
+        @functools.wraps(main)
+        def command() -> None:
+            args = get_args_parser().parse_args()
+            if args.experimental_rerun is not None:
+                fail("--experimental-rerun is not supported: it would load a pickle")
+            overrides = [literal(text) for text in args.overrides]
+            name = args.config_name or config_name
+            if args.multirun:
+                raise SystemExit(multirun(name, args, overrides))
+            if not (args.help or args.hydra_help):
+                compose(name, overrides, args)
+            sys.argv[1:] = _without(sys.argv[1:], args.overrides) + overrides
+            hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)()
+
+        return command
+
+    return decorate
+
+
+def compose(config_name: str, overrides: Sequence[str], args: argparse.Namespace | None = None) -> DictConfig:
+    """The composed configuration; a wrong override ends the program with one message and exit code 2."""
+    extra = os.path.abspath(args.config_dir) if args is not None and args.config_dir else None
+    search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
+    root = os.path.abspath(args.config_path) if args is not None and args.config_path else str(config_dir())
+    with hydra.initialize_config_dir(config_dir=root, version_base="1.3"):
+        try:
+            return hydra.compose(config_name, overrides=[*search, *overrides])
+        except (HydraException, OmegaConfBaseException) as error:
+            fail(_explain(config_name, overrides, search) or _first_lines(error))
+
+
+def multirun(config_name: str, args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run every combination of the comma-separated values in its own process and run.dir; the exit code is 1 if any failed."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        fail(f"--multirun starts its own processes and cannot run under a launcher with WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    jobs = list(_jobs(overrides))
+    configs = [compose(config_name, job, args) for _, job in jobs]
+    flags = _without(sys.argv[1:], [*args.overrides, "-m", "--multirun"])
+    own_dir = any(text.startswith("run.dir=") for text in overrides)
+    failed = []
+    for number, ((name, job), cfg) in enumerate(zip(jobs, configs, strict=True), 1):
+        parent = str(cfg.run.dir) if own_dir else f"outputs/multirun/{cfg.name}"
+        run_dir = f"{parent}/{name}"
+        print(f"[{number}/{len(jobs)}] {' '.join(job)} -> {run_dir}", flush=True)
+        done = subprocess.run([sys.executable, sys.argv[0], *flags, *job, literal(f"run.dir={run_dir}")], check=False)
+        if done.returncode:
+            failed.append(run_dir)
+            print(f"[{number}/{len(jobs)}] failed with exit code {done.returncode}: {run_dir}", file=sys.stderr, flush=True)
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished" + "".join(f"\n  failed: {run_dir}" for run_dir in failed), flush=True)
+    return int(bool(failed))
+
+
+def literal(override: str) -> str:
+    """Quote the value of `key=value` if Hydra's grammar does not read it (`{0..9}`, `=`, apostrophes) or if the key holds free text."""
+    key, equals, value = override.partition("=")
+    if not equals or value[:1] in ("'", '"', "[") or (key not in FREE_TEXT and (value[:1] == "{" or _parses(override))):
+        return override
+    if key in FREE_TEXT and value in ("null", "???", ""):
+        return override
+    return f"{key}={_quoted(value)}"
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one clear message."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _quoted(value: str) -> str:
+    # a backslash is an escape only before a quote or at the end of a quoted value
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"'{escaped}'"
+
+
+def _parses(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        return False
+    return True
+
+
+def _jobs(overrides: Sequence[str]) -> Iterable[tuple[str, list[str]]]:
+    """A directory name and the overrides of each job of a sweep."""
+    choices = [_choices(text) for text in overrides]
+    swept = [index for index, options in enumerate(choices) if len(options) > 1]
+    for number, job in enumerate(itertools.product(*choices)):
+        name = re.sub(r"[^\w.=,+~@-]", "_", ",".join(job[index] for index in swept)) or "0"
+        yield (name if len(name) <= 120 else f"{number}_{name[:110]}"), list(job)
+
+
+def _choices(override: str) -> list[str]:
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        fail(_first_lines(error))
+    if not parsed.is_sweep_override():
+        return [override]
+    if not parsed.is_discrete_sweep():
+        fail(f"{override}: only lists of values and range() can be swept")
+    return [f"{parsed.get_key_element()}={value}" for value in parsed.sweep_string_iterator()]
+
+
+def _explain(config_name: str, overrides: Sequence[str], search: list[str]) -> str | None:
+    """What is wrong with the first wrong override: the key or option that does not exist, the nearest match, and what is allowed."""
+    loader = GlobalHydra.instance().config_loader()
+    parsed: list[Override] = []
+    for text in overrides:
+        try:
+            parsed.append(OverridesParser.create().parse_override(text))
+        except HydraException as error:
+            return _first_lines(error)
+    groups = [group for group in loader.list_groups("") if group not in ("hydra", "accelerate")]
+    for override in parsed:
+        if override.is_sweep_override():
+            return (
+                f"{override.input_line}: a list of values separated by commas needs -m (one run for each); "
+                f"for one value that contains commas write {override.key_or_group}=\"'...'\""
+            )
+        if override.key_or_group in groups and not override.is_delete() and (message := _wrong_option(loader, override)):
+            return message
+    chosen = [o.input_line for o in parsed if _is_group(loader, o)]
+    try:
+        cfg = hydra.compose(config_name, overrides=[*search, *(line for line in chosen if line)])
+    except HydraException:
+        return None
+    for override in parsed:
+        if not _is_group(loader, override) and not override.is_add() and not override.is_force_add():
+            if message := _wrong_key(cfg, override.key_or_group, groups):
+                return message
+    return None
+
+
+def _is_group(loader: ConfigLoader, override: Override) -> bool:
+    return bool(loader.get_group_options(override.key_or_group, results_filter=None))
+
+
+def _wrong_option(loader: ConfigLoader, override: Override) -> str | None:
+    options = loader.get_group_options(override.key_or_group, results_filter=ObjectType.CONFIG)
+    given = str(override.value())
+    if given in options:
+        return None
+    return f"{override.key_or_group}={given}: there is no such {override.key_or_group}{_suggestion(given, options)}"
+
+
+def _wrong_key(cfg: DictConfig, key: str, groups: Sequence[str]) -> str | None:
+    node: Any = cfg
+    walked: list[str] = []
+    for part in key.split("."):
+        allowed = [str(name) for name in node] if isinstance(node, DictConfig) else []
+        if part not in allowed:
+            where = ".".join([*walked, part])
+            if not walked:
+                allowed += [group for group in groups if group not in allowed]
+            return f"{where}: unknown key" + (_suggestion(part, allowed) if allowed else f"; {'.'.join(walked)} is a single value")
+        node = OmegaConf.to_container(node, resolve=False)[part] if OmegaConf.is_interpolation(node, part) else node[part]
+        walked.append(part)
+    return None
+
+
+def _suggestion(given: str, allowed: Sequence[str]) -> str:
+    match = nearest(given, allowed)
+    return (f"; did you mean {match}?" if match else ".") + f" Allowed: {', '.join(allowed)}"
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "hydra.cc/docs" not in line]
+    return " ".join(lines[:3])
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the innermost frame of the traceback is in this package; an error of a library keeps its traceback."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    return tb is not None and str(tb.tb_frame.f_globals.get("__name__", "")).startswith("hyper_sd.")
+
+
+def _without(arguments: Sequence[str], removed: Sequence[str]) -> list[str]:
+    return [argument for argument in arguments if argument not in removed]
