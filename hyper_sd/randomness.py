@@ -4,6 +4,7 @@ A per-sample draw is keyed by (seed, step, global sample index, purpose), a batc
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -60,10 +61,40 @@ def _splitmix64_array(value: np.ndarray) -> np.ndarray:
 
 
 def generator(*keys: int) -> torch.Generator:
-    """A CPU generator seeded by the fold of the keys; draws are made on the CPU so that devices agree."""
+    """A CPU generator seeded by the fold of the keys, of which torch uses the low 32 bits; draw on the CPU so that devices agree."""
     return torch.Generator().manual_seed(fold(*keys))
 
 
 def normal(keys: Sequence[int], samples: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Standard normal draws, shape (len(samples), *shape), row i a function of (*keys, samples[i]) alone."""
-    return torch.stack([torch.randn(*shape, generator=generator(*keys, sample)) for sample in samples])
+    """Standard normal draws, float32 (len(samples), *shape), row i a function of (*keys, samples[i]) alone."""
+    rows = [np.random.Generator(np.random.Philox(key=fold(*keys, i))).standard_normal(shape, dtype=np.float32) for i in samples]
+    return torch.from_numpy(np.stack(rows))
+
+
+def send(draw: Tensor, like: Tensor) -> Tensor:
+    """A draw on the device of `like`. A plain copy to a GPU would first wait for all the work queued there."""
+    if like.is_cuda:
+        draw = draw.pin_memory()
+    return draw.to(like.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of the samples with these global indices at one step; all on the CPU, one row a sample."""
+
+    seed: int
+    step: int
+    samples: tuple[int, ...]
+
+    def uniform(self, purpose: Purpose) -> Tensor:
+        """Uniform in [0, 1), float64 (B,)."""
+        return torch.from_numpy(uniforms((self.seed, self.step, purpose), np.array(self.samples), 1)[:, 0])
+
+    def integers(self, purpose: Purpose, low: Tensor | int, high: Tensor | int) -> Tensor:
+        """Uniform integers from low to high, both included, int64 (B,)."""
+        width = torch.as_tensor(high) - torch.as_tensor(low) + 1
+        return torch.as_tensor(low) + (self.uniform(purpose) * width).long()
+
+    def normal(self, purpose: Purpose, shape: Sequence[int]) -> Tensor:
+        """Standard normal, float32 (B, *shape)."""
+        return normal((self.seed, self.step, purpose), self.samples, shape)

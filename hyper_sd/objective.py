@@ -1,0 +1,77 @@
+"""What a stage hands to the training loop."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from hyper_sd.denoiser import Denoiser
+from hyper_sd.guidance import Cond
+from hyper_sd.randomness import Draws
+from hyper_sd.roles import Role, Roles
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: clean latents x0 (B, C, H, W), conditions with leading dimension B, and the draws of exactly these samples."""
+
+    x0: Tensor
+    cond: Cond
+    uncond: Cond
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar: the mean of the per-sample losses, so that micro-batches of one size average exactly. Logs are detached scalars."""
+
+    value: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Shared = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One update: minimise `loss(batch, shared)` over the adapters in `trains`, at every `every`-th step of the stage.
+
+    `shared` carries detached tensors to later objectives of the same step and micro-batch.
+    """
+
+    trains: Role
+    loss: Callable[[Batch, Shared], Loss]
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the mathematics of a stage may touch."""
+
+    denoiser: Denoiser
+    roles: Roles
+
+
+class Stage(Protocol):
+    """The mathematics of one stage; a frozen dataclass made from its yaml."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Every adapter the stage needs; all start as copies of the adapter that the previous stage handed on."""
+        ...
+
+    @property
+    def exports(self) -> str:
+        """The adapter that is exported and handed on."""
+        ...
+
+    def check(self, num_steps: int) -> None:
+        """Raise ValueError, naming the key, if the stage cannot run on a teacher with this many steps. Needs no weights."""
+        ...
+
+    def objectives(self, ctx: Context) -> tuple[Objective, ...]: ...
+
+    def after_step(self, ctx: Context, step: int) -> None:
+        """Called after the optimizer steps of the stage's step `step` (0-based)."""
+        ...
