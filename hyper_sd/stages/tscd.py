@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hyper_sd.denoiser import Denoiser, Prediction
 from hyper_sd.objective import Batch, Context, Loss, Objective, Shared
-from hyper_sd.randomness import Draws, Purpose
+from hyper_sd.randomness import Draws, Purpose, send
 from hyper_sd.roles import Role
 from hyper_sd.schedule import SolverGrid, per_sample
 
@@ -55,9 +55,10 @@ class TSCD:
 
     def check(self, num_steps: int) -> None:
         SolverGrid(num_steps, self.solver_steps, self.segments)
-        for name, low, high in (("ema_decay", 0, 1), ("empty_prompt_ratio", 0, 1)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"stage.{name} must be between {low} and {high}: got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"stage.ema_decay must be at least 0 and below 1: got {self.ema_decay}")
+        if not 0 <= self.empty_prompt_ratio <= 1:
+            raise ValueError(f"stage.empty_prompt_ratio must be between 0 and 1: got {self.empty_prompt_ratio}")
         if self.offset_noise < 0:
             raise ValueError(f"stage.offset_noise must not be negative: got {self.offset_noise}")
         if self.guidance is not None and self.guidance.min > self.guidance.max:
@@ -94,15 +95,13 @@ class TSCD:
 
     def consistency_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
         """Eq. 12 for one micro-batch: the mean over samples of the distance d."""
-        t, u, s = (point.to(batch.x0.device) for point in self.draw_points(batch.draws, denoiser.schedule.num_steps))
+        t, u, s = (send(point, batch.x0) for point in self.draw_points(batch.draws, denoiser.schedule.num_steps))
         batch = self._drop_captions(batch)
         x_t = denoiser.noise(batch.x0, self._draw_noise(batch), t)
         with torch.no_grad():
-            x_u = self.solver_step(denoiser, batch, x_t, t, u)
-            target = self._compared(denoiser, self._target(denoiser, batch, x_u, u), u, s, x_u)
-        student = self._compared(denoiser, denoiser((STUDENT,), x_t, t, batch.cond), t, s, x_t)
-        distance = self.distance(student, target)
-        return Loss(distance.mean(), {"distance": distance.detach().mean()})
+            goal = self.goal(denoiser, batch, x_t, t, u, s)
+        student = denoiser((STUDENT,), x_t, t, batch.cond)
+        return Loss(self.distance(student.x0 if self.compare == "x0" else denoiser.jump(student, s), goal).mean())
 
     def draw_points(self, draws: Draws, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """Network times (t, u, s), each (B,): a grid point, its lower neighbour, and the jump's target; -1 is the clean end."""
@@ -112,13 +111,26 @@ class TSCD:
         tau_s = edge if self.jump == "edge" else draws.integers(Purpose.JUMP, edge, tau_u)
         return tau - 1, tau_u - 1, tau_s - 1
 
-    def solver_step(self, denoiser: Denoiser, batch: Batch, x_t: Tensor, t: Tensor, u: Tensor) -> Tensor:
-        """Eq. 1: one guided DDIM step of the teacher from t to its neighbour u."""
+    def goal(self, denoiser: Denoiser, batch: Batch, x_t: Tensor, t: Tensor, u: Tensor, s: Tensor) -> Tensor:
+        """What the student must reach: the target network's jump from (x_u, u) to s, or its estimate of x0 there.
+
+        Where s = u there is nothing left to jump, and the teacher's own point, or its own x0, is the goal.
+        """
+        teacher = self.teacher_prediction(denoiser, batch, x_t, t)
+        x_u = denoiser.jump(teacher, u)
+        target = denoiser(self.target_role, x_u, u.clamp(min=0), batch.cond)
+        arrived = per_sample(s == u, x_u)
+        if self.compare == "x0":
+            return torch.where(arrived, teacher.x0, target.x0)
+        return torch.where(arrived, x_u, denoiser.jump(target, s))
+
+    def teacher_prediction(self, denoiser: Denoiser, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:
+        """The guided teacher at x_t; its jump to u is the solver's one step (Eq. 1)."""
         if self.guidance is None:
-            return denoiser.jump(denoiser(self.teacher_role, x_t, t, batch.cond), u)
+            return denoiser(self.teacher_role, x_t, t, batch.cond)
         low, high = self.guidance.min, self.guidance.max
-        w = (low + (high - low) * batch.draws.uniform(Purpose.GUIDANCE)).to(x_t)
-        return denoiser.jump(denoiser(self.teacher_role, x_t, t, batch.cond, w=w, uncond=batch.uncond), u)
+        w = send(low + (high - low) * batch.draws.uniform(Purpose.GUIDANCE), x_t)
+        return denoiser(self.teacher_role, x_t, t, batch.cond, w=w, uncond=batch.uncond)
 
     def distance(self, student: Tensor, target: Tensor) -> Tensor:
         """d per sample (B,): the mean square, or pseudo-Huber sqrt(r^2 + c^2) - c."""
@@ -127,25 +139,15 @@ class TSCD:
             return error.square().mean(1)
         return ((error.square() + HUBER_C**2).sqrt() - HUBER_C).mean(1)
 
-    def _target(self, denoiser: Denoiser, batch: Batch, x_u: Tensor, u: Tensor) -> Prediction:
-        return denoiser(self.target_role, x_u, u.clamp(min=0), batch.cond)
-
-    def _compared(self, denoiser: Denoiser, prediction: Prediction, start: Tensor, s: Tensor, x_start: Tensor) -> Tensor:
-        """What d compares: the point x_s or the clean estimate x0. A jump that stays where it is (s = start) is exact: x_s = x_start."""
-        if self.compare == "x0":
-            clean = per_sample(start < 0, x_start)
-            return torch.where(clean, x_start, prediction.x0)
-        return torch.where(per_sample(start == s, x_start), x_start, denoiser.jump(prediction, s))
-
     def _draw_noise(self, batch: Batch) -> Tensor:
         noise = batch.draws.normal(Purpose.NOISE, batch.x0.shape[1:])
         if self.offset_noise > 0:
             noise = noise + self.offset_noise * batch.draws.normal(Purpose.OFFSET_NOISE, (batch.x0.shape[1], 1, 1))
-        return noise.to(batch.x0)
+        return send(noise, batch.x0)
 
     def _drop_captions(self, batch: Batch) -> Batch:
         if self.empty_prompt_ratio == 0:
             return batch
-        drop = (batch.draws.uniform(Purpose.DROP_CAPTION) < self.empty_prompt_ratio).to(batch.x0.device)
+        drop = send(batch.draws.uniform(Purpose.DROP_CAPTION) < self.empty_prompt_ratio, batch.x0)
         cond = tuple(torch.where(per_sample(drop, c), u, c) for c, u in zip(batch.cond, batch.uncond, strict=True))
         return Batch(batch.x0, cond, batch.uncond, batch.draws)
