@@ -1,0 +1,222 @@
+"""What a training step costs beyond its bare network passes.
+
+    python benchmarks/step_cost.py stage=tscd teacher=embedded batch_size=32
+
+A step is everything `fit` does for a batch that is ready: draws, noising, the teacher's solver step, the target, the loss,
+backward, clipping, optimizer step and EMA. Its bare passes are, on the same network, dtype, roles, batch and threads: the
+student's forward and backward, one batched call of the teacher for both guidance branches, and one pass of the target.
+The two are timed in turn and compared by their medians. Prints a table and, last, one line of JSON.
+
+The options are the fields of `Options`. `sd15_random` and `sdxl_random` are the full-size networks with random weights.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.networks import Network, build_network, network_config, sd_schedule
+from hyper_sd.config import Count, NonNegativeInt, Positive, structured
+from hyper_sd.denoiser import Denoiser
+from hyper_sd.objective import Batch, Context
+from hyper_sd.randomness import Draws
+from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.stages.tscd import STUDENT, TSCD, GuidanceRange
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEAK_TFLOPS = {  # dense bf16 with float32 accumulation, from the vendors' data sheets
+    "B200": 2250,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "A100": 312,
+    "L40S": 362,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """`steps` are measured after `warmup` unmeasured ones. `threads` is for the CPU; null leaves torch's default.
+
+    Gradient checkpointing and torch.compile apply to the step and to its bare passes alike. `peak_tflops` is what MFU is
+    relative to; null looks the device up, and leaves MFU out where it is unknown.
+    """
+
+    stage: Literal["tscd"] = "tscd"
+    teacher: Literal["embedded", "sd15_random", "sdxl_random"] = "embedded"
+    batch_size: Count = 32
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
+    rank: Count = 64
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    threads: Count | None = None
+    warmup: NonNegativeInt = 5
+    steps: Count = 30
+    peak_tflops: Positive | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A stage on a network: what the steps and the bare passes share."""
+
+    stage: TSCD
+    network: Network
+    ctx: Context
+    batch_size: int
+
+    @classmethod
+    def build(cls, options: Options, device: torch.device) -> "Bench":
+        """On the meta device its passes can be counted at no cost in memory or time."""
+        stage = TSCD(segments=4, guidance=GuidanceRange(min=3.0, max=8.0))
+        network = build_network(*network_config(options.teacher), device, DTYPES[options.dtype])
+        roles = Roles(network.net, LoraSpec(rank=options.rank), stage.adapters)
+        denoiser = Denoiser(network.forward, roles, sd_schedule(), "eps")
+        return cls(stage, network, Context(denoiser, roles), options.batch_size)
+
+    def batch(self, step: int) -> Batch:
+        size, network = self.batch_size, self.network
+        draws = Draws(seed=0, step=step, samples=tuple(range(step * size, (step + 1) * size)))
+        return Batch(network.latents(size), network.cond(size), network.cond(size), draws)
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    bench = Bench.build(options, torch.device(options.device))
+    if options.gradient_checkpointing:
+        bench.ctx.roles.enable_gradient_checkpointing()
+    if options.compile:
+        bench.network.net.compile(dynamic=False)
+    step_s, bare_s = measure(bench, options)
+    report(options, step_s, bare_s, peak_memory_bytes(), count_flops(options))
+
+
+def measure(bench: Bench, options: Options) -> tuple[list[float], list[float]]:
+    """Seconds of every measured step and of every measured set of bare passes, taken in turn."""
+    roles = bench.ctx.roles
+    roles.trainable((STUDENT,))
+    optimizer = torch.optim.AdamW(roles.params((STUDENT,)), lr=1e-6, weight_decay=0.0, fused=True)
+    bare = bare_passes(bench)
+    step_s: list[float] = []
+    bare_s: list[float] = []
+    for index in range(options.warmup + options.steps):
+        batch = bench.batch(index)
+        step_s.append(timed(partial(training_step, bench, optimizer, index, batch)))
+        bare_s.append(timed(bare))
+        optimizer.zero_grad()
+    return step_s[options.warmup :], bare_s[options.warmup :]
+
+
+def training_step(bench: Bench, optimizer: torch.optim.Optimizer, index: int, batch: Batch) -> None:
+    (objective,) = bench.stage.objectives(bench.ctx)
+    objective.loss(batch, {}).value.backward()
+    torch.nn.utils.clip_grad_norm_(bench.ctx.roles.params(objective.trains), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    bench.stage.after_step(bench.ctx, index)
+
+
+def bare_passes(bench: Bench) -> Callable[[], None]:
+    """The network passes of one step and nothing else; the gradients stay behind."""
+    roles, forward, batch = bench.ctx.roles, bench.network.forward, bench.batch(0)
+    t = torch.full((bench.batch_size,), 499, device=batch.x0.device)
+    both = torch.cat([batch.x0, batch.x0]), torch.cat([t, t]), tuple(torch.cat(pair) for pair in zip(batch.uncond, batch.cond, strict=True))
+
+    def run() -> None:
+        with torch.no_grad():
+            with roles.use(bench.stage.teacher_role):
+                forward(*both)
+            with roles.use(bench.stage.target_role):
+                forward(batch.x0, t, batch.cond)
+        with roles.use((STUDENT,)):
+            forward(batch.x0, t, batch.cond).sum().backward()
+
+    return run
+
+
+def count_flops(options: Options) -> int:
+    """Floating point operations of the bare passes, counted on the meta device; recomputed activations do not count."""
+    bench = Bench.build(options, torch.device("meta"))
+    bench.ctx.roles.trainable((STUDENT,))
+    with FlopCounterMode(display=False) as counter:
+        bare_passes(bench)()
+    return counter.get_total_flops()
+
+
+def timed(function: Callable[[], None]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """The peak of what torch allocated on the GPU, or of the process's resident memory on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def report(options: Options, step_s: list[float], bare_s: list[float], peak_bytes: int, flops: int) -> None:
+    step, bare = statistics.median(step_s), statistics.median(bare_s)
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
+    peak_flops = 1e12 * (options.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), 0.0))
+    result = {
+        **asdict(options),
+        "device": device,
+        "step_s": step,
+        "bare_s": bare,
+        "ratio": step / bare,
+        "samples_per_s": options.batch_size / step,
+        "peak_memory_bytes": peak_bytes,
+        "flops_per_step": flops,
+        "mfu": flops / step / peak_flops if peak_flops else None,
+    }
+    print(f"{options.stage} on {options.teacher}: {device}, {options.dtype}, batch {options.batch_size}, {options.steps} steps")
+    print(f"{'':20}{'median':>12}{'10 %':>12}{'90 %':>12}  ms")
+    for name, seconds in (("step", step_s), ("bare network passes", bare_s)):
+        low, *_, high = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 2
+        print(f"{name:20}{1e3 * statistics.median(seconds):12.1f}{1e3 * low:12.1f}{1e3 * high:12.1f}")
+    print(f"ratio {result['ratio']:.3f}   {result['samples_per_s']:.2f} samples/s   peak {peak_bytes / 2**30:.2f} GiB", end="")
+    print(f"   {flops / 1e12:.3f} TFLOP a step" + (f"   MFU {result['mfu']:.1%}" if result["mfu"] else ""))
+    print(json.dumps(result))
+
+
+def parse(argv: list[str]) -> Options:
+    """`key=value` arguments; raises ValueError naming the key."""
+    values: dict[str, Any] = {}
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"got {argument!r}, expected key=value")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return structured(Options, values)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"step_cost: {error}")
