@@ -83,7 +83,7 @@ def build_network(config: dict[str, Any], num_tokens: int, device: torch.device,
         net = UNet2DConditionModel(**config)
     net = net.eval().requires_grad_(False)
     if dtype != torch.float32:
-        net.to(dtype)
+        net.to(dtype)  # pyright: ignore[reportArgumentType]
 
     def forward(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         text, *added = (c.to(dtype) for c in cond)

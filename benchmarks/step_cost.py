@@ -24,9 +24,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks import Network, build_network, network_config, sd_schedule
-from hyper_sd.config import Count, NonNegativeInt, Positive, structured
-from hyper_sd.denoiser import Denoiser
-from hyper_sd.objective import Batch, Context
+from hyper_sd.config import Count, EngineConfig, LrSchedulerConfig, NonNegativeInt, OptimizerConfig, Positive, structured
+from hyper_sd.denoiser import Denoiser, Forward
+from hyper_sd.engine import Engine
+from hyper_sd.objective import Batch, Context, Objective
 from hyper_sd.randomness import Draws
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.stages.tscd import STUDENT, TSCD, GuidanceRange
@@ -56,7 +57,6 @@ class Options:
     stage: Literal["tscd"] = "tscd"
     teacher: Literal["embedded", "sd15_random", "sdxl_random"] = "embedded"
     batch_size: Count = 32
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
     rank: Count = 64
     gradient_checkpointing: bool = False
@@ -73,17 +73,19 @@ class Bench:
 
     stage: TSCD
     network: Network
+    forward: Forward
     ctx: Context
     batch_size: int
 
     @classmethod
-    def build(cls, options: Options, device: torch.device) -> "Bench":
-        """On the meta device its passes can be counted at no cost in memory or time."""
+    def build(cls, options: Options, device: torch.device, engine: Engine | None = None) -> "Bench":
+        """Without an engine, on the meta device, the passes can be counted at no cost in memory or time."""
         stage = TSCD(segments=4, guidance=GuidanceRange(min=3.0, max=8.0))
         network = build_network(*network_config(options.teacher), device, DTYPES[options.dtype])
+        forward = engine.forward(network.forward, DTYPES[options.dtype]) if engine else network.forward
         roles = Roles(network.net, LoraSpec(rank=options.rank), stage.adapters)
-        denoiser = Denoiser(network.forward, roles, sd_schedule(), "eps")
-        return cls(stage, network, Context(denoiser, roles), options.batch_size)
+        roles.trainable((STUDENT,))
+        return cls(stage, network, forward, Context(Denoiser(forward, roles, sd_schedule(), "eps"), roles), options.batch_size)
 
     def batch(self, step: int) -> Batch:
         size, network = self.batch_size, self.network
@@ -93,45 +95,55 @@ class Bench:
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    bench = Bench.build(options, torch.device(options.device))
+    engine = build_engine(options)
+    bench = Bench.build(options, engine.device, engine)
     if options.gradient_checkpointing:
         bench.ctx.roles.enable_gradient_checkpointing()
     if options.compile:
         bench.network.net.compile(dynamic=False)
-    step_s, bare_s = measure(bench, options)
-    report(options, step_s, bare_s, peak_memory_bytes(), count_flops(options))
+    step_s, bare_s = measure(bench, engine, options)
+    report(options, engine.device, step_s, bare_s, peak_memory_bytes(engine.device))
 
 
-def measure(bench: Bench, options: Options) -> tuple[list[float], list[float]]:
+def build_engine(options: Options) -> Engine:
+    return Engine(
+        EngineConfig(
+            precision=options.dtype,
+            gradient_checkpointing=options.gradient_checkpointing,
+            accumulation=1,
+            checkpoint_every_steps=1,
+            checkpoint_every_seconds=None,
+            keep_last=1,
+            cpu_threads=options.threads,
+        )
+    )
+
+
+def measure(bench: Bench, engine: Engine, options: Options) -> tuple[list[float], list[float]]:
     """Seconds of every measured step and of every measured set of bare passes, taken in turn."""
-    roles = bench.ctx.roles
-    roles.trainable((STUDENT,))
-    optimizer = torch.optim.AdamW(roles.params((STUDENT,)), lr=1e-6, weight_decay=0.0, fused=True)
+    (objective,) = bench.stage.objectives(bench.ctx)
+    params = bench.ctx.roles.tensors(STUDENT)
+    engine.train(objective.trains, params, OptimizerConfig(lr=1e-6), LrSchedulerConfig(), options.warmup + options.steps)
     bare = bare_passes(bench)
     step_s: list[float] = []
     bare_s: list[float] = []
     for index in range(options.warmup + options.steps):
-        batch = bench.batch(index)
-        step_s.append(timed(partial(training_step, bench, optimizer, index, batch)))
-        bare_s.append(timed(bare))
-        optimizer.zero_grad()
+        step_s.append(timed(engine.device, partial(training_step, bench, engine, objective, index, bench.batch(index))))
+        bare_s.append(timed(engine.device, bare))
+        for param in params.values():
+            param.grad = None
     return step_s[options.warmup :], bare_s[options.warmup :]
 
 
-def training_step(bench: Bench, optimizer: torch.optim.Optimizer, index: int, batch: Batch) -> None:
-    (objective,) = bench.stage.objectives(bench.ctx)
-    objective.loss(batch, {}).value.backward()
-    torch.nn.utils.clip_grad_norm_(bench.ctx.roles.params(objective.trains), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+def training_step(bench: Bench, engine: Engine, objective: Objective, index: int, batch: Batch) -> None:
+    engine.backward(objective.trains, objective.loss(batch, {}).value)
+    engine.step(objective.trains)
     bench.stage.after_step(bench.ctx, index)
 
 
 def bare_passes(bench: Bench) -> Callable[[], None]:
     """The network passes of one step and nothing else; the gradients stay behind."""
-    roles, forward, batch = bench.ctx.roles, bench.network.forward, bench.batch(0)
+    roles, forward, batch = bench.ctx.roles, bench.forward, bench.batch(0)
     t = torch.full((bench.batch_size,), 499, device=batch.x0.device)
     both = torch.cat([batch.x0, batch.x0]), torch.cat([t, t]), tuple(torch.cat(pair) for pair in zip(batch.uncond, batch.cond, strict=True))
 
@@ -150,39 +162,39 @@ def bare_passes(bench: Bench) -> Callable[[], None]:
 def count_flops(options: Options) -> int:
     """Floating point operations of the bare passes, counted on the meta device; recomputed activations do not count."""
     bench = Bench.build(options, torch.device("meta"))
-    bench.ctx.roles.trainable((STUDENT,))
     with FlopCounterMode(display=False) as counter:
         bare_passes(bench)()
     return counter.get_total_flops()
 
 
-def timed(function: Callable[[], None]) -> float:
-    synchronize()
+def timed(device: torch.device, function: Callable[[], None]) -> float:
+    synchronize(device)
     start = time.perf_counter()
     function()
-    synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def peak_memory_bytes() -> int:
+def peak_memory_bytes(device: torch.device) -> int:
     """The peak of what torch allocated on the GPU, or of the process's resident memory on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(options: Options, step_s: list[float], bare_s: list[float], peak_bytes: int, flops: int) -> None:
+def report(options: Options, device: torch.device, step_s: list[float], bare_s: list[float], peak_bytes: int) -> None:
     step, bare = statistics.median(step_s), statistics.median(bare_s)
-    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"cpu, {torch.get_num_threads()} threads"
-    peak_flops = 1e12 * (options.peak_tflops or next((tflops for name, tflops in PEAK_TFLOPS.items() if name in device), 0.0))
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    flops = count_flops(options)
+    peak_flops = 1e12 * (options.peak_tflops or next((tflops for part, tflops in PEAK_TFLOPS.items() if part in name), 0.0))
     result = {
         **asdict(options),
-        "device": device,
+        "device": name,
         "step_s": step,
         "bare_s": bare,
         "ratio": step / bare,
@@ -191,11 +203,11 @@ def report(options: Options, step_s: list[float], bare_s: list[float], peak_byte
         "flops_per_step": flops,
         "mfu": flops / step / peak_flops if peak_flops else None,
     }
-    print(f"{options.stage} on {options.teacher}: {device}, {options.dtype}, batch {options.batch_size}, {options.steps} steps")
+    print(f"{options.stage} on {options.teacher}: {name}, {options.dtype}, batch {options.batch_size}, {options.steps} steps")
     print(f"{'':20}{'median':>12}{'10 %':>12}{'90 %':>12}  ms")
-    for name, seconds in (("step", step_s), ("bare network passes", bare_s)):
+    for row, seconds in (("step", step_s), ("bare network passes", bare_s)):
         low, *_, high = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 2
-        print(f"{name:20}{1e3 * statistics.median(seconds):12.1f}{1e3 * low:12.1f}{1e3 * high:12.1f}")
+        print(f"{row:20}{1e3 * statistics.median(seconds):12.1f}{1e3 * low:12.1f}{1e3 * high:12.1f}")
     print(f"ratio {result['ratio']:.3f}   {result['samples_per_s']:.2f} samples/s   peak {peak_bytes / 2**30:.2f} GiB", end="")
     print(f"   {flops / 1e12:.3f} TFLOP a step" + (f"   MFU {result['mfu']:.1%}" if result["mfu"] else ""))
     print(json.dumps(result))
