@@ -1,0 +1,106 @@
+"""Checkpoints that are complete or not there: temporary name, fsync, manifest with checksums, rename. Safetensors and json only."""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MANIFEST = "manifest.json"
+_ADAPTERS, _OPTIMIZER, _STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Every state that matters after `step` steps of a stage. Random draws and the data position follow from the step."""
+
+    step: int
+    adapters: dict[str, dict[str, Tensor]]
+    optimizer: dict[str, Tensor]
+    updates: dict[str, int]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged; the message names the file."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
+    """Write `<folder>/step_<step>`; older ones beyond `keep_last` are removed only after the new one is complete."""
+    final = folder / f"step_{checkpoint.step:08d}"
+    partial = final.with_suffix(".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    flat = {f"{adapter}/{name}": value for adapter, tensors in checkpoint.adapters.items() for name, value in tensors.items()}
+    save_file(flat, partial / _ADAPTERS)
+    save_file(checkpoint.optimizer, partial / _OPTIMIZER)
+    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, "updates": checkpoint.updates}))
+    manifest = {
+        name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in (_ADAPTERS, _OPTIMIZER, _STATE)
+    }
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (*partial.iterdir(), partial):
+        fsync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    fsync(folder)
+    for old in _complete(folder)[keep_last:]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; damaged ones are named on the way and passed over."""
+    for path in _complete(folder):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            print(f"passing over a damaged checkpoint: {error}", flush=True)
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint. Raises CheckpointError, naming the file, if any file differs from the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}") from error
+    for name in (_ADAPTERS, _OPTIMIZER, _STATE):
+        if not (path / name).is_file() or name not in manifest or _sha256(path / name) != manifest[name]["sha256"]:
+            raise CheckpointError(f"{path / name} is missing or does not match its checksum")
+    state = json.loads((path / _STATE).read_text())
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(path / _ADAPTERS).items():
+        adapter, _, name = key.partition("/")
+        adapters.setdefault(adapter, {})[name] = value
+    return Checkpoint(state["step"], adapters, load_file(path / _OPTIMIZER), state["updates"])
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a json file as a whole."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    fsync(partial)
+    os.replace(partial, path)
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _complete(folder: Path) -> list[Path]:
+    """Checkpoints from the newest to the oldest, half-written ones left out."""
+    return sorted((path for path in folder.glob("step_*") if path.suffix != ".tmp"), reverse=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

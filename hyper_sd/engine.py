@@ -1,0 +1,204 @@
+"""Everything that depends on devices and processes: launch checks, precision, backward, gradient reduction, one optimizer a role.
+
+The network is never wrapped. Data parallelism is one mean over processes of the trained adapters' gradients, in `step`.
+"""
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
+from hyper_sd.guidance import Cond
+from hyper_sd.roles import Role
+
+
+@dataclass
+class _Trained:
+    """One role's named parameters, optimizer and learning rate schedule."""
+
+    params: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    scheduler: LambdaLR
+    max_grad_norm: float | None
+    updates: int = 0
+
+
+class Engine:
+    """One process of a run. Raises RuntimeError if fewer processes joined than the launcher started."""
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        on_cpu = not torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=on_cpu)
+        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        expected = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size != expected:
+            raise RuntimeError(
+                f"the launcher started {expected} processes but {self.world_size} joined; use one of configs/accelerate/*.yaml "
+                "with `accelerate launch --config_file`"
+            )
+        if on_cpu:
+            torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
+        self.device = self.accelerator.device
+        self._trained: dict[Role, _Trained] = {}
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Engine type, world size and backend as found at run time."""
+        backend = dist.get_backend() if dist.is_initialized() else None
+        return {"type": "plain", "world_size": self.world_size, "backend": backend, "device": self.device.type}
+
+    def micro_batches(self, batch_size: int, start: int) -> list[range]:
+        """This process's micro-batches of the global batch at positions start .. start + batch_size - 1.
+
+        Raises ValueError unless processes times accumulation divide the global batch.
+        """
+        parts = self.world_size * self.config.accumulation
+        if batch_size % parts:
+            raise ValueError(
+                f"data.batch_size={batch_size} counts all {self.world_size} processes and engine.accumulation={self.config.accumulation} "
+                f"micro-batches, and must be a multiple of {parts}; try {-(-batch_size // parts) * parts}"
+            )
+        size = batch_size // parts
+        offsets = range(self.rank * size, batch_size, self.world_size * size)
+        return [range(start + offset, start + offset + size) for offset in offsets]
+
+    def forward(self, forward: Callable[[Tensor, Tensor, Cond], Tensor], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Cond], Tensor]:
+        """The network call in the base's dtype: below float32, float32 adapters compute in it too (autocast) and stay float32."""
+        if dtype == torch.float32:
+            return forward
+
+        def in_low_precision(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            with torch.autocast(self.device.type, dtype):
+                return forward(x_t, t, cond)
+
+        return in_low_precision
+
+    def train(
+        self, role: Role, params: Mapping[str, nn.Parameter], optimizer: OptimizerConfig, schedule: LrSchedulerConfig, num_updates: int
+    ) -> None:
+        """Start a fresh AdamW and learning rate schedule for a role; the optimizers of an earlier stage must have been dropped."""
+        adamw = torch.optim.AdamW(
+            params.values(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
+        )
+        scheduler = get_scheduler(schedule.name, adamw, num_warmup_steps=schedule.warmup_steps, num_training_steps=num_updates)
+        self._trained[role] = _Trained(dict(params), adamw, scheduler, optimizer.max_grad_norm)
+
+    def drop_optimizers(self) -> None:
+        self._trained.clear()
+
+    def backward(self, role: Role, loss: Tensor) -> None:
+        """Add the gradient of `loss`, weighted as one micro-batch, to this role's adapters and to nothing else."""
+        (loss / self.config.accumulation).backward(inputs=list(self._trained[role].params.values()))
+
+    def step(self, role: Role) -> Tensor:
+        """Mean of the gradients over processes, clipping, one optimizer step. Returns the gradient norm before clipping."""
+        trained = self._trained[role]
+        params = list(trained.params.values())
+        self._reduce_gradients(params)
+        limit = trained.max_grad_norm if trained.max_grad_norm is not None else float("inf")
+        norm = nn.utils.clip_grad_norm_(params, limit)
+        trained.optimizer.step()
+        trained.scheduler.step()
+        trained.optimizer.zero_grad(set_to_none=True)
+        trained.updates += 1
+        return norm
+
+    def learning_rate(self, role: Role) -> float:
+        return self._trained[role].scheduler.get_last_lr()[0]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a scalar over processes."""
+        value = value.detach().float().clone()
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process, so that all decide alike."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(votes)
+        return votes.item() > 0
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self.accelerator.end_training()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Adam moments as `<role>/<moment>/<parameter>` and the number of updates by role."""
+        tensors = {
+            f"{'+'.join(role)}/{moment}/{name}": trained.optimizer.state[param][moment].cpu()
+            for role, trained in self._trained.items()
+            if trained.updates
+            for name, param in trained.params.items()
+            for moment in ("exp_avg", "exp_avg_sq")
+        }
+        return tensors, {"+".join(role): trained.updates for role, trained in self._trained.items()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], updates: Mapping[str, int]) -> None:
+        """Continue where `state_dict` was taken; the learning rate follows from the number of updates."""
+        for role, trained in self._trained.items():
+            key = "+".join(role)
+            trained.updates = updates[key]
+            for name, param in trained.params.items() if trained.updates else ():
+                trained.optimizer.state[param] = {
+                    "step": torch.tensor(float(trained.updates)),
+                    **{m: tensors[f"{key}/{m}/{name}"].to(param.device) for m in ("exp_avg", "exp_avg_sq")},
+                }
+            trained.scheduler.last_epoch = trained.updates
+            rates = [base * factor(trained.updates) for base, factor in zip(trained.scheduler.base_lrs, trained.scheduler.lr_lambdas, strict=True)]
+            for group, rate in zip(trained.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            trained.scheduler._last_lr = rates
+
+    def _reduce_gradients(self, params: list[nn.Parameter]) -> None:
+        if self.world_size == 1:
+            return
+        flat = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        for param, piece in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            param.grad = piece.view_as(param)
+
+
+class StopSignal:
+    """Whether Ctrl-C or SIGTERM has arrived; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextmanager
+    def caught(self) -> Iterator["StopSignal"]:
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name

@@ -1,0 +1,224 @@
+"""`fit`: the one training loop of all stages."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hyper_sd.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from hyper_sd.config import EngineConfig, StagePlan
+from hyper_sd.data.base import Samples, Source
+from hyper_sd.engine import Engine, StopSignal
+from hyper_sd.objective import Batch, Context, Objective, Shared, Stage
+from hyper_sd.randomness import Draws
+from hyper_sd.roles import Role
+from hyper_sd.teachers.base import Teacher
+
+LOG_EVERY = 10  # steps between two rows of metrics: the only moments at which the device is waited for
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Positions of the run's sample stream to micro-batches of latents and conditions, with the draws of exactly those samples."""
+
+    source: Source
+    teacher: Teacher
+    seed: int
+
+    @torch.no_grad()
+    def batch(self, samples: Samples, positions: Sequence[int], step: int) -> Batch:
+        device = self.teacher.device
+        if samples.latents is not None:
+            x0 = samples.latents.to(device)
+        else:
+            assert samples.images is not None, "a sample is an image or a latent"
+            x0 = self.teacher.encode_images(samples.images)
+        encoded = samples.conds if samples.conds is not None else self.teacher.encode_prompts(samples.captions)
+        cond = tuple(part.to(device) for part in encoded)
+        return Batch(x0, cond, self.teacher.uncond(len(positions)), Draws(self.seed, step, tuple(positions)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage to be trained. The run has taken `first_step` steps and used `first_position` samples before it."""
+
+    stage: Stage
+    plan: StagePlan
+    context: Context
+    feed: Feed
+    folder: Path
+    first_step: int = 0
+    first_position: int = 0
+
+
+class Observer(Protocol):
+    """What a run does beside training. Called in every process; `step` counts the stage's finished steps."""
+
+    def started(self, job: Job, step: int) -> None: ...
+
+    def logged(self, job: Job, step: int, values: dict[str, float]) -> None: ...
+
+    def stepped(self, job: Job, step: int) -> None: ...
+
+
+def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
+    """Train a stage to its last step, from its newest checkpoint if there is one.
+
+    Returns False if a stop signal ended it first; the state is saved either way. Raises FloatingPointError on a loss that is not
+    finite, after which nothing is saved.
+    """
+    objectives = job.stage.objectives(job.context)
+    _start_optimizers(job, engine, objectives)
+    start = _restore(job, engine)
+    observer.started(job, start)
+    meter = Meter(job, engine, start)
+    saver = Saver(job, engine)
+    with Prefetcher(job, engine, start) as prefetcher:
+        for step in range(start, job.plan.max_steps):
+            micro_batches = prefetcher.take(step)
+            for objective in objectives:
+                if step % objective.every == 0:
+                    meter.add(*update(objective, micro_batches, engine))
+            job.stage.after_step(job.context, step)
+            done = step + 1
+            if values := meter.row(done):
+                observer.logged(job, done, values)
+            observer.stepped(job, done)
+            stopped = engine.any(stop.received is not None)
+            saver.save_if_due(done, force=stopped or done == job.plan.max_steps)
+            if stopped and done < job.plan.max_steps:
+                return False
+    meter.close()
+    return True
+
+
+def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], engine: Engine) -> tuple[Role, dict[str, Tensor]]:
+    """All micro-batches of one objective, then one optimizer step: accumulation can neither reorder updates nor change them."""
+    logs: dict[str, Tensor] = {}
+    for batch, shared in micro_batches:
+        loss = objective.loss(batch, shared)
+        engine.backward(objective.trains, loss.value)
+        for name, value in {"loss": loss.value, **loss.logs}.items():
+            logs[name] = logs.get(name, 0) + value.detach() / len(micro_batches)
+    logs["grad_norm"] = engine.step(objective.trains).detach()
+    return objective.trains, logs
+
+
+class Prefetcher:
+    """Reads the next step's samples while this one is trained on."""
+
+    def __init__(self, job: Job, engine: Engine, start: int):
+        self._job, self._engine = job, engine
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._next = self._read(start)
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> list[tuple[Batch, Shared]]:
+        """This process's micro-batches of a stage's step, each with an empty dict for what objectives share."""
+        read = self._next
+        if step + 1 < self._job.plan.max_steps:
+            self._next = self._read(step + 1)
+        feed, run_step = self._job.feed, self._job.first_step + step
+        return [(feed.batch(future.result(), positions, run_step), {}) for positions, future in read]
+
+    def _read(self, step: int) -> list[tuple[range, Future[Samples]]]:
+        start = self._job.first_position + step * self._job.plan.batch_size
+        positions = self._engine.micro_batches(self._job.plan.batch_size, start)
+        return [(part, self._reader.submit(self._job.feed.source.batch, part)) for part in positions]
+
+
+class Meter:
+    """Averages what objectives report and draws the progress bar; waits for the device only every LOG_EVERY steps."""
+
+    def __init__(self, job: Job, engine: Engine, start: int):
+        self._job, self._engine, self._logged = job, engine, start
+        self._sums: dict[str, list[Tensor]] = {}
+        self._since = time.monotonic()
+        self._bar = tqdm(total=job.plan.max_steps, initial=start, desc=job.plan.name, unit="step", disable=not engine.is_main, mininterval=1)
+
+    def add(self, role: Role, logs: dict[str, Tensor]) -> None:
+        for name, value in logs.items():
+            self._sums.setdefault(f"{'+'.join(role)}/{name}", []).append(value)
+
+    def row(self, done: int) -> dict[str, float] | None:
+        """Means since the last row, over steps and processes, at every LOG_EVERY-th and the last step; else None."""
+        self._bar.update()
+        if done % LOG_EVERY and done != self._job.plan.max_steps:
+            return None
+        values = {name: self._engine.mean(torch.stack(parts).mean()).item() for name, parts in self._sums.items()}
+        now = time.monotonic()
+        values["samples_per_s"] = (done - self._logged) * self._job.plan.batch_size / (now - self._since)
+        self._sums, self._since, self._logged = {}, now, done
+        if bad := [name for name, value in values.items() if value != value or abs(value) == float("inf")]:
+            raise FloatingPointError(
+                f"{self._job.plan.key}: {bad[0]} is not finite at step {done}; lower {self._job.plan.key}.optimizer.lr or check the data"
+            )
+        losses = {name: f"{value:.4g}" for name, value in values.items() if name.endswith("/loss")}
+        self._bar.set_postfix({**losses, "samples/s": f"{values['samples_per_s']:.1f}"}, refresh=False)
+        return values
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Saver:
+    """Checkpoints after every so many steps or seconds, whichever comes first; the main process's clock decides for all."""
+
+    def __init__(self, job: Job, engine: Engine):
+        self._job, self._engine = job, engine
+        self._config: EngineConfig = engine.config
+        self._last = time.monotonic()
+
+    def save_if_due(self, done: int, *, force: bool) -> None:
+        due = done % self._config.checkpoint_every_steps == 0
+        seconds = self._config.checkpoint_every_seconds
+        if seconds is not None and self._engine.any(self._engine.is_main and time.monotonic() - self._last > seconds):
+            due = True
+        if due or force:
+            save(self._job, self._engine, done)
+            self._last = time.monotonic()
+
+
+def save(job: Job, engine: Engine, step: int) -> None:
+    roles = job.context.roles
+    optimizer, updates = engine.state_dict()
+    if engine.is_main:
+        adapters = {adapter: roles.state_dict(adapter) for adapter in job.stage.adapters}
+        save_checkpoint(checkpoints(job.folder), Checkpoint(step, adapters, optimizer, updates), keep_last=engine.config.keep_last)
+    engine.barrier()
+
+
+def checkpoints(folder: Path) -> Path:
+    return folder / "checkpoints"
+
+
+def _start_optimizers(job: Job, engine: Engine, objectives: Sequence[Objective]) -> None:
+    engine.drop_optimizers()
+    roles, plan = job.context.roles, job.plan
+    roles.trainable(tuple(adapter for objective in objectives for adapter in objective.trains))
+    for objective in objectives:
+        params = {f"{adapter}/{name}": p for adapter in objective.trains for name, p in roles.tensors(adapter).items()}
+        engine.train(objective.trains, params, plan.optimizer, plan.lr_scheduler, -(-plan.max_steps // objective.every))
+
+
+def _restore(job: Job, engine: Engine) -> int:
+    checkpoint = latest_checkpoint(checkpoints(job.folder))
+    if checkpoint is None:
+        return 0
+    for adapter, tensors in checkpoint.adapters.items():
+        job.context.roles.load_state_dict(adapter, tensors)
+    engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)
+    return checkpoint.step
+
+
