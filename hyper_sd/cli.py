@@ -5,18 +5,16 @@ import functools
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -52,11 +50,13 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
             args = get_args_parser().parse_args()
             if args.experimental_rerun is not None:
                 fail("--experimental-rerun is not supported: it would load a pickle")
+            if args.config_path is not None:
+                fail("--config-path is not supported: --config-dir adds a directory with your own yaml files")
             overrides = [literal(text) for text in args.overrides]
             name = args.config_name or config_name
             if args.multirun:
                 raise SystemExit(multirun(name, args, overrides))
-            if not (args.help or args.hydra_help):
+            if not (args.help or args.hydra_help or args.shell_completion):
                 compose(name, overrides, args)
             sys.argv[1:] = _without(sys.argv[1:], args.overrides) + overrides
             hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)()
@@ -70,8 +70,7 @@ def compose(config_name: str, overrides: Sequence[str], args: argparse.Namespace
     """The composed configuration; a wrong override ends the program with one message and exit code 2."""
     extra = os.path.abspath(args.config_dir) if args is not None and args.config_dir else None
     search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
-    root = os.path.abspath(args.config_path) if args is not None and args.config_path else str(config_dir())
-    with hydra.initialize_config_dir(config_dir=root, version_base="1.3"):
+    with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         try:
             return hydra.compose(config_name, overrides=[*search, *overrides])
         except (HydraException, OmegaConfBaseException) as error:
@@ -91,10 +90,13 @@ def multirun(config_name: str, args: argparse.Namespace, overrides: Sequence[str
         parent = str(cfg.run.dir) if own_dir else f"outputs/multirun/{cfg.name}"
         run_dir = f"{parent}/{name}"
         print(f"[{number}/{len(jobs)}] {' '.join(job)} -> {run_dir}", flush=True)
-        done = subprocess.run([sys.executable, sys.argv[0], *flags, *job, literal(f"run.dir={run_dir}")], check=False)
-        if done.returncode:
+        code, stopped = _run([sys.executable, sys.argv[0], *flags, *job, literal(f"run.dir={run_dir}")])
+        if code:
             failed.append(run_dir)
-            print(f"[{number}/{len(jobs)}] failed with exit code {done.returncode}: {run_dir}", file=sys.stderr, flush=True)
+            print(f"[{number}/{len(jobs)}] exit code {code}: {run_dir}", file=sys.stderr, flush=True)
+        if stopped:
+            print(f"stopped; the same command with resume=auto goes on ({len(jobs) - number} jobs were not started)", flush=True)
+            return 1
     print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs finished" + "".join(f"\n  failed: {run_dir}" for run_dir in failed), flush=True)
     return int(bool(failed))
 
@@ -113,6 +115,25 @@ def fail(message: str) -> NoReturn:
     """End the program with one clear message."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def _run(command: Sequence[str]) -> tuple[int, bool]:
+    """The exit code of a command, and whether this process was told to stop. It passes the signal on once and waits: the job saves."""
+    process = subprocess.Popen(command, start_new_session=True)  # else Ctrl-C in a terminal would reach the job twice
+    stopped = False
+
+    def stop(number: int, _: object) -> None:
+        nonlocal stopped
+        stopped = True
+        process.send_signal(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        code = process.wait()
+        return code, stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _quoted(value: str) -> str:
@@ -153,6 +174,7 @@ def _choices(override: str) -> list[str]:
 def _explain(config_name: str, overrides: Sequence[str], search: list[str]) -> str | None:
     """What is wrong with the first wrong override: the key or option that does not exist, the nearest match, and what is allowed."""
     loader = GlobalHydra.instance().config_loader()
+    options = functools.partial(loader.get_group_options, config_name=config_name, overrides=search)
     parsed: list[Override] = []
     for text in overrides:
         try:
@@ -166,26 +188,22 @@ def _explain(config_name: str, overrides: Sequence[str], search: list[str]) -> s
                 f"{override.input_line}: a list of values separated by commas needs -m (one run for each); "
                 f"for one value that contains commas write {override.key_or_group}=\"'...'\""
             )
-        if override.key_or_group in groups and not override.is_delete() and (message := _wrong_option(loader, override)):
+        if override.key_or_group in groups and not override.is_delete() and (message := _wrong_option(options, override)):
             return message
-    chosen = [o.input_line for o in parsed if _is_group(loader, o)]
+    chosen = [o.input_line for o in parsed if options(o.key_or_group)]
     try:
         cfg = hydra.compose(config_name, overrides=[*search, *(line for line in chosen if line)])
     except HydraException:
         return None
     for override in parsed:
-        if not _is_group(loader, override) and not override.is_add() and not override.is_force_add():
-            if message := _wrong_key(cfg, override.key_or_group, groups):
-                return message
+        adds = override.is_add() or override.is_force_add()
+        if not adds and not options(override.key_or_group) and (message := _wrong_key(cfg, override.key_or_group, groups)):
+            return message
     return None
 
 
-def _is_group(loader: ConfigLoader, override: Override) -> bool:
-    return bool(loader.get_group_options(override.key_or_group, results_filter=None))
-
-
-def _wrong_option(loader: ConfigLoader, override: Override) -> str | None:
-    options = loader.get_group_options(override.key_or_group, results_filter=ObjectType.CONFIG)
+def _wrong_option(options_of: Callable[[str], list[str]], override: Override) -> str | None:
+    options = options_of(override.key_or_group)
     given = str(override.value())
     if given in options:
         return None
@@ -193,23 +211,22 @@ def _wrong_option(loader: ConfigLoader, override: Override) -> str | None:
 
 
 def _wrong_key(cfg: DictConfig, key: str, groups: Sequence[str]) -> str | None:
-    node: Any = cfg
+    node: Any = OmegaConf.to_container(cfg, resolve=False)
     walked: list[str] = []
     for part in key.split("."):
-        allowed = [str(name) for name in node] if isinstance(node, DictConfig) else []
-        if part not in allowed:
-            where = ".".join([*walked, part])
-            if not walked:
-                allowed += [group for group in groups if group not in allowed]
-            return f"{where}: unknown key" + (_suggestion(part, allowed) if allowed else f"; {'.'.join(walked)} is a single value")
-        node = OmegaConf.to_container(node, resolve=False)[part] if OmegaConf.is_interpolation(node, part) else node[part]
+        where = ".".join([*walked, part])
+        if not isinstance(node, dict):
+            return f"{where}: unknown key; {'.'.join(walked)} is a single value"
+        if part not in node:
+            return f"{where}: unknown key{_suggestion(part, [*map(str, node), *(() if walked else groups)])}"
+        node = node[part]
         walked.append(part)
     return None
 
 
 def _suggestion(given: str, allowed: Sequence[str]) -> str:
     match = nearest(given, allowed)
-    return (f"; did you mean {match}?" if match else ".") + f" Allowed: {', '.join(allowed)}"
+    return (f"; did you mean {match}?" if match else ".") + f" Allowed: {', '.join(dict.fromkeys(allowed))}"
 
 
 def _first_lines(error: Exception) -> str:

@@ -15,30 +15,29 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, for `Annotated[int, Range(low=1)]`; `low` is excluded if `open_low`."""
+    """Bounds of a number, for `Annotated[int, Range(low=1)]`: low <= value (low < value if `open_low`), value < below."""
 
-    low: float = -math.inf
-    high: float = math.inf
+    low: float
     open_low: bool = False
+    below: float = math.inf
 
     def holds(self, value: float) -> bool:
-        return (value > self.low if self.open_low else value >= self.low) and value <= self.high
+        return (value > self.low if self.open_low else value >= self.low) and value < self.below
 
     def __str__(self) -> str:
-        above = [f"{'>' if self.open_low else '>='} {self.low:g}"] if self.low > -math.inf else []
-        return " and ".join(above + ([f"<= {self.high:g}"] if self.high < math.inf else []))
+        return f"{'>' if self.open_low else '>='} {self.low:g}" + (f" and < {self.below:g}" if self.below < math.inf else "")
 
 
 Count = Annotated[int, Range(low=1)]
 NonNegativeInt = Annotated[int, Range(low=0)]
 Positive = Annotated[float, Range(low=0, open_low=True)]
 NonNegative = Annotated[float, Range(low=0)]
+Beta = Annotated[float, Range(low=0, below=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +90,7 @@ class OptimizerConfig:
     """AdamW."""
 
     lr: Positive
-    betas: tuple[Annotated[float, Range(0, 1)], Annotated[float, Range(0, 1)]] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: NonNegative = 0.0
     eps: Positive = 1e-8
     max_grad_norm: Positive | None = 1.0
@@ -129,6 +128,10 @@ class EvalConfig:
     judge: Literal["embedded"] | None
     seed: NonNegativeInt
     batch_size: Count
+    draws: Count = 1
+    sweep_prompts: NonNegativeInt = 0
+    reference: Count = 8192
+    guidance: Annotated[float, Range(low=1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +216,7 @@ def resolved(cfg: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
-def structured(cls: type[T], mapping: Mapping[str, Any], key: str = "") -> T:
+def structured(cls: type[T], mapping: object, key: str = "") -> T:
     """Build the dataclass `cls` from a mapping, checking every value against its annotation. Raises ValueError naming `key`.<field>."""
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{key}: {_got(mapping)}, expected a mapping with the keys {', '.join(_field_names(cls))}")
@@ -280,10 +283,7 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
     """`value` as an instance of the annotation `kind`: lists become tuples, ints become floats where a float is expected."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        result = _checked(args[0], value, key)
-        if not args[1].holds(result):
-            raise ValueError(f"{key}: {_got(value)}, expected {_expected(kind)}")
-        return result
+        return _checked_range(kind, value, key)
     if origin in (Union, UnionType):
         return _checked_union(kind, value, key)
     if dataclasses.is_dataclass(kind):
@@ -299,6 +299,17 @@ def _checked(kind: Any, value: Any, key: str) -> Any:
     if isinstance(kind, type) and origin is None and type(value) is kind and not (kind is float and not math.isfinite(value)):
         return value
     raise ValueError(f"{key}: {_got(value)}, expected {_expected(kind)}")
+
+
+def _checked_range(kind: Any, value: Any, key: str) -> Any:
+    number, bounds = get_args(kind)
+    try:
+        result = _checked(number, value, key)
+    except ValueError:
+        result = None
+    if result is None or not bounds.holds(result):
+        raise ValueError(f"{key}: {_got(value)}, expected {_expected(kind)}")
+    return result
 
 
 def _checked_union(kind: Any, value: Any, key: str) -> Any:
@@ -331,11 +342,11 @@ def _expected(kind: Any, *, null: bool = True) -> str:
     if origin is Annotated:
         return f"{_expected(args[0])} {args[1]}"
     if origin is Literal:
-        return "one of " + ", ".join(map(str, args)) if len(args) > 1 else str(args[0])
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
     if origin in (Union, UnionType):
         return " or ".join(_expected(arg) for arg in args if null or arg is not NoneType)
     if origin is tuple:
-        return f"a list of {_expected(args[0])}" if args[-1] is Ellipsis else f"a list of {len(args)}, each {_expected(args[0])}"
+        return "a list of " + ("" if Ellipsis in args else f"{len(args)}, each ") + _expected(args[0])
     if dataclasses.is_dataclass(kind):
         return f"a mapping with the keys {', '.join(_field_names(kind))}"
     return {NoneType: "null", dict: "a mapping"}.get(origin or kind, getattr(kind, "__name__", str(kind)))

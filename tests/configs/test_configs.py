@@ -1,0 +1,392 @@
+"""Every yaml composes and builds; every mistake gets one clear message, at once."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from hyper_sd.cli import compose, literal
+from hyper_sd.config import RunConfig, build_target, run_config, structured
+from hyper_sd.paths import asset_dir, config_dir
+from hyper_sd.roles import LoraSpec
+from hyper_sd.stages.tscd import TSCD
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
+GROUPS = ("teacher", "data", "lora", "optimizer", "engine", "eval", "tracker")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
+STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
+
+
+def run_of(*overrides: str) -> RunConfig:
+    return run_config(compose("train", list(overrides)))
+
+
+def python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+# ---- every yaml
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_builds(recipe: str) -> None:
+    config = run_of(f"recipe={recipe}", "data.path=somewhere")
+    assert config.name == recipe
+    assert config.run.dir == f"outputs/{recipe}"
+    assert tuple(config.stages) == STAGES
+    for plan in [*config.stages.values(), *config.baseline.values()]:
+        build_target(plan.method, plan.key).check(1000)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_group_option_builds(group: str, option: str) -> None:
+    config = run_of(f"{group}={option}", "data.path=somewhere")
+    if group in ("data", "tracker"):
+        assert getattr(config, group).kind == option
+
+
+@pytest.mark.parametrize("path", sorted((config_dir() / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_launcher_files_load_and_say_how_to_use_them(path: Path) -> None:
+    config = load_config_from_file(str(path))
+    assert config.num_processes == (1 if path.stem == "cpu" else 2)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"accelerate launch --config_file configs/accelerate/{path.name}" in line for line in head)
+
+
+def test_the_default_is_the_demo() -> None:
+    assert run_of() == run_of("recipe=demo")
+    assert run_of().teacher.path == "embedded" and run_of().data.kind == "scenes"
+
+
+def test_the_stage_yaml_is_the_dataclass() -> None:
+    """Same keys, same defaults; only guidance differs: the yaml takes the teacher's."""
+    node = OmegaConf.to_container(OmegaConf.load(config_dir() / "stage" / "tscd.yaml"))
+    assert isinstance(node, dict)
+    defaults = {f.name: f.default for f in dataclasses.fields(TSCD) if f.name != "segments"}
+    assert {name: node[name] for name in defaults if name != "guidance"} == {k: v for k, v in defaults.items() if k != "guidance"}
+    training = {"max_steps", "batch_size", "optimizer", "lr_scheduler"}
+    assert node.keys() - training == {"_target_", "segments", *defaults}
+
+
+def test_the_lora_yaml_is_the_released_one() -> None:
+    lora = run_of("recipe=sdxl", "data.path=x").lora
+    assert LoraSpec(rank=lora.rank, alpha=lora.alpha, targets=lora.targets) == LoraSpec()
+
+
+@pytest.mark.parametrize(("teacher", "low", "high"), [("embedded", 3, 3), ("sd15", 4, 8), ("sdxl", 3, 8)])
+def test_stages_take_the_guidance_of_the_teacher(teacher: str, low: float, high: float) -> None:
+    stage = run_of(f"teacher={teacher}").stages["tscd_8"]
+    guidance = build_target(stage.method, stage.key).guidance
+    assert (guidance.min, guidance.max) == (low, high)
+
+
+def test_the_baseline_of_the_ablation_has_as_many_steps_as_the_stages() -> None:
+    config = run_of("recipe=demo_ablation")
+    assert config.seeds == 3
+    assert sum(stage.max_steps for stage in config.baseline.values()) == sum(stage.max_steps for stage in config.stages.values())
+    assert {stage.batch_size for stage in (*config.baseline.values(), *config.stages.values())} == {config.data.batch_size}
+
+
+def test_paths_lead_to_files() -> None:
+    assert (config_dir() / "train.yaml").is_file()
+    assert asset_dir("teacher").parent.name == "assets"
+
+
+# ---- overrides
+
+
+def test_one_stage_or_all_stages_can_be_changed() -> None:
+    config = run_of("stages.tscd_2.optimizer.lr=1e-3", "stages.tscd_2.max_steps=7", "optimizer.lr=2e-4", "data.batch_size=6")
+    assert [stage.optimizer.lr for stage in config.stages.values()] == [2e-4, 2e-4, 1e-3, 2e-4]
+    assert config.stages["tscd_2"].max_steps == 7
+    assert {stage.batch_size for stage in config.stages.values()} == {6}
+
+
+def test_a_stage_can_be_dropped_and_added() -> None:
+    config = run_of("~stages.tscd_8", "+stage@stages.tscd_5=tscd", "stages.tscd_5.segments=5", "stages.tscd_5.max_steps=3")
+    assert tuple(config.stages) == ("tscd_4", "tscd_2", "tscd_1", "tscd_5")
+    assert config.stages["tscd_5"].method["segments"] == 5
+
+
+def test_only_selects_in_the_order_of_the_plan() -> None:
+    assert tuple(run_of("only=[tscd_1,tscd_2]").selected) == ("tscd_2", "tscd_1")
+    assert tuple(run_of().selected) == STAGES
+
+
+def test_guidance_can_be_switched_off() -> None:
+    stage = run_of("stages.tscd_2.guidance=null").stages["tscd_2"]
+    assert build_target(stage.method, stage.key).guidance is None
+
+
+def test_recipe_and_groups_are_free_to_combine() -> None:
+    config = run_of("recipe=demo", "teacher=sd15", "teacher.path=here", "data=folder", "data.path=there", "eval.judge=null")
+    assert (config.teacher.path, config.data.kind, config.data.path, config.eval.judge) == ("here", "folder", "there", None)
+    assert config.data.batch_size == 32
+
+
+@given(st.text(st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp"), exclude_characters="[\"'"), min_size=1))
+def test_a_prompt_is_taken_literally(text: str) -> None:
+    for prompt in (text.strip() or "x", f"it's {text}", f"a, b={text}\\", f"{text}\\'"):
+        parsed = OverridesParser.create().parse_override(literal(f"prompt={prompt}"))
+        if prompt not in ("null", "???"):
+            assert parsed.value() == prompt
+            assert not parsed.is_sweep_override()
+
+
+@pytest.mark.parametrize("value", ["/s/{0000..0099}.tar", "C:/my images/ä.tar", "a=b", "it's"])
+def test_paths_hydra_does_not_read_are_quoted(value: str) -> None:
+    assert run_of("data=webdataset", literal(f"data.path={value}"), literal(f"init={value}")).data.path == value
+
+
+@pytest.mark.parametrize("override", ["seed=3", "only=[a,b]", "+x={a:1}", "x='a b'", "x=1,2", "~stages.tscd_8", "x=range(1,3)"])
+def test_what_hydra_reads_stays_as_it_is(override: str) -> None:
+    assert literal(override) == override
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("seedd=1", ["seedd: unknown key", "did you mean seed?", "teacher", "recipe"]),
+        ("recipe=dmo", ["recipe=dmo", "did you mean demo?", *RECIPES]),
+        ("teachr=sd15", ["teachr: unknown key", "did you mean teacher?"]),
+        ("teacher=sd16", ["teacher=sd16", "did you mean sd15?", "embedded"]),
+        ("stages.tscd_8.segmets=4", ["stages.tscd_8.segmets", "did you mean segments?", "solver_steps"]),
+        ("stages.tscd_2.optimizer.lrr=1", ["stages.tscd_2.optimizer.lrr", "did you mean lr?", "betas"]),
+        ("stages.tscd_3.segments=4", ["stages.tscd_3", *STAGES]),
+        ("~stages.tscd_9", ["stages.tscd_9", *STAGES]),
+        ("+stage@stages.tscd_16=tscc", ["stage=tscc", "did you mean tscd?"]),
+        ("seed.x=1", ["seed.x", "single value"]),
+        ("seed=1,2", ["seed=1,2", "-m"]),
+        ("seed=[1", ["[1"]),
+    ],
+)
+def test_typos_name_the_nearest_and_the_allowed(override: str, says: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        compose("train", [override])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert [word for word in says if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.tscd_2.max_steps=abc", "stages.tscd_2.max_steps: got 'abc' (str), expected int >= 1"),
+        ("stages.tscd_2.max_steps=1e3", "stages.tscd_2.max_steps: got 1000.0 (float), expected int >= 1"),
+        ("stages.tscd_2.max_steps=true", "stages.tscd_2.max_steps: got True (bool), expected int >= 1"),
+        ("stages.tscd_2.max_steps=0", "stages.tscd_2.max_steps: got 0 (int), expected int >= 1"),
+        ("stages.tscd_2.optimizer.lr=-1", "stages.tscd_2.optimizer.lr: got -1 (int), expected float > 0"),
+        ("stages.tscd_2.optimizer.lr=nan", "stages.tscd_2.optimizer.lr: got nan (float), expected float > 0"),
+        ("optimizer.betas=[0.9]", "stages.tscd_8.optimizer.betas: got [0.9] (list), expected a list of 2, each float >= 0 and < 1"),
+        ("optimizer.betas=[0.9,1]", "stages.tscd_8.optimizer.betas[1]: got 1 (int), expected float >= 0 and < 1"),
+        ("lora.rank=null", "lora.rank: got null, expected int >= 1"),
+        ("lora.targets=to_q", "lora.targets: got 'to_q' (str), expected a list of str"),
+        ("resume=always", "resume: got 'always' (str), expected one of never, auto"),
+        ("eval.judge=human", "eval.judge: got 'human' (str), expected embedded or null"),
+        ("engine.gradient_checkpointing=1", "engine.gradient_checkpointing: got 1 (int), expected bool"),
+        ("engine.cpu_threads=many", "engine.cpu_threads: got 'many' (str), expected int >= 1 or null"),
+        ("data=folder", "data.path: must be set, expected str"),
+        ("+stage@stages.x=tscd", "stages.x.max_steps: must be set, expected int >= 1"),
+        ("+teacher.pth=x", "teacher.pth: unknown key; did you mean path? Allowed here: family, path, revision"),
+        ("+hello=x", "hello: unknown key"),
+        ("stages.tscd_8=3", "stages.tscd_8: got 3 (int), expected the keys of a stage"),
+        ("~stages", "stages: there is none"),
+        ("only=[]", "only: no stage is left"),
+        ("only=[tscd_2,tscd_3]", "only: there is no stage 'tscd_3'"),
+        ("run.dir=${nme}", "run.dir: Interpolation key 'nme' not found"),
+        ("stages.tscd_8._target_=os.system", "stages.tscd_8._target_: got 'os.system' (str)"),
+        ("stages.tscd_8._target_=hyper_sd.../os", "stages.tscd_8._target_: got"),
+        ("~stages.tscd_8._target_", "stages.tscd_8._target_: got null"),
+    ],
+)
+def test_wrong_values_name_key_given_and_expected(override: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared
+        run_of(override)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"_target_": "hyper_sd.stages.tscd.TSCDD", "segments": 1}, "s._target_: cannot find 'hyper_sd.stages.tscd.TSCDD'"),
+        ({"_target_": "hyper_sd.stages.nothing.TSCD", "segments": 1}, "s._target_: cannot find 'hyper_sd.stages.nothing.TSCD'"),
+        ({"_target_": "hyper_sd.config.resolved", "cfg": {}}, "s._target_: 'hyper_sd.config.resolved' is not a dataclass"),
+        ({"_target_": "hyper_sd.config.importlib.import_module", "name": "os"}, "s._target_: cannot find"),
+        ({"_target_": "hyper_sd_evil.X"}, "s._target_: got 'hyper_sd_evil.X' (str)"),
+        ({"_target_": "hyper_sd.stages.tscd.TSCD"}, "s.segments: must be set, expected int"),
+        ({"_target_": "hyper_sd.stages.tscd.TSCD", "segments": 1, "los": "mse"}, "s.los: unknown key; did you mean loss?"),
+        ({"_target_": "hyper_sd.stages.tscd.TSCD", "segments": 1, "loss": "mae"}, "s.loss: got 'mae' (str), expected one of mse, huber"),
+        ({"_target_": "hyper_sd.stages.tscd.TSCD", "segments": 1, "guidance": {"min": "x", "max": 2}}, "s.guidance.min: got 'x' (str)"),
+        ({"_target_": "hyper_sd.stages.tscd.TSCD", "segments": 1, "guidance": {"min": 1}}, "s.guidance.max: must be set"),
+    ],
+)
+def test_build_target_builds_only_our_dataclasses(mapping: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the whole message is compared
+        build_target(mapping, "s")
+    assert str(error.value).startswith(message)
+
+
+def test_structured_keeps_and_converts() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Node:
+        rate: float
+        sizes: tuple[int, ...] = ()
+        by_name: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    node = structured(Node, {"rate": 1, "sizes": [1, 2], "by_name": {"a": 2}})
+    assert node == Node(rate=1.0, sizes=(1, 2), by_name={"a": 2.0})
+    assert type(node.rate) is float and type(node.by_name["a"]) is float
+    with pytest.raises(ValueError, match=r"^n\.by_name\.a: got 'x' \(str\), expected float$"):
+        structured(Node, {"rate": 1, "by_name": {"a": "x"}}, "n")
+    with pytest.raises(ValueError, match=r"^n: got 3 \(int\), expected a mapping with the keys rate, sizes, by_name$"):
+        structured(Node, 3, "n")
+
+
+# ---- the command line, as a user starts it
+
+WITHOUT_TORCH = """
+import json, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    code = 0
+except SystemExit as stop:
+    code = stop.code or 0
+print(json.dumps([code, "torch" in sys.modules]))
+"""
+
+JOB = """
+from hyper_sd.cli import entry
+from hyper_sd.config import run_config
+@entry("train")
+def main(cfg):
+    run = run_config(cfg)
+    print("RUN", run.run.dir, run.stages["tscd_1"].method["ema_decay"], flush=True)
+    {body}
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--help"], 0, ["stages.tscd_2.max_steps", "resume"]),
+        (["--cfg", "job"], 0, ["segments: 8", "resume: never"]),
+        (["seedd=3"], 2, ["did you mean seed?"]),
+        (["--cfg", "job", "recipe=dmo"], 2, ["did you mean demo?"]),
+        (["stages.tscd_2.max_steps=abc"], 2, ["stages.tscd_2.max_steps: got 'abc' (str), expected int"]),
+        (["--experimental-rerun", "x.pickle"], 2, ["would load a pickle"]),
+    ],
+)
+def test_answers_without_torch_from_anywhere(tmp_path: Path, arguments: list[str], code: int, says: list[str]) -> None:
+    done = python("-c", WITHOUT_TORCH, str(ROOT / "scripts" / "train.py"), *arguments, cwd=tmp_path)
+    assert json.loads(done.stdout.splitlines()[-1]) == [code, False], done.stderr
+    assert [word for word in says if word not in done.stdout + done.stderr] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_group_and_option(tmp_path: Path) -> None:
+    text = python(str(ROOT / "scripts" / "train.py"), "--help", cwd=tmp_path).stdout
+    words = set(text.replace(",", " ").split())
+    options = {path.stem for group in ("recipe", "teacher", "data", "tracker", "stage") for path in (config_dir() / group).glob("*.yaml")}
+    assert {*options, *GROUPS, "recipe", "stage"} - words == set()
+
+
+def test_hydra_leaves_the_process_alone(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB.format(body="import logging, os; print(os.getcwd(), logging.getLogger().handlers)"))
+    done = python("job.py", cwd=tmp_path)
+    assert done.stdout.splitlines() == ["RUN outputs/demo 0.95", f"{tmp_path} []"], done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["job.py"]
+
+
+def test_own_yaml_files(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB.format(body="print(run.name)"))
+    (tmp_path / "mine" / "recipe").mkdir(parents=True)
+    (tmp_path / "mine" / "recipe" / "own.yaml").write_text("# @package _global_\ndefaults: [smoke, _self_]\nname: own\nseed: 5\n")
+    done = python("job.py", "--config-dir", "mine", "recipe=own", cwd=tmp_path)
+    assert done.stdout.splitlines() == ["RUN outputs/own 0.95", "own"], done.stderr
+    typo = python("job.py", "--config-dir", "mine", "recipe=owm", cwd=tmp_path)
+    assert (typo.returncode, "did you mean own?" in typo.stderr) == (2, True)
+
+
+def test_our_value_errors_are_one_line_and_others_keep_their_traceback(tmp_path: Path) -> None:
+    (tmp_path / "ours.py").write_text(JOB.format(body="from hyper_sd.config import build_target; build_target({}, 'stages.x')"))
+    ours = python("ours.py", cwd=tmp_path)
+    assert ours.returncode == 2 and ours.stderr.startswith("error: stages.x._target_: got null") and ours.stderr.count("\n") == 1
+    debug = python("ours.py", cwd=tmp_path, HYPER_SD_TRACEBACK="1")
+    assert debug.returncode == 1 and "Traceback" in debug.stderr
+    (tmp_path / "foreign.py").write_text(JOB.format(body="int('x')"))
+    foreign = python("foreign.py", cwd=tmp_path)
+    assert foreign.returncode == 1 and "Traceback" in foreign.stderr and "int('x')" in foreign.stderr
+
+
+# ---- several runs
+
+
+def test_multirun_gives_every_job_its_process_and_directory_and_reports_failures(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB.format(body="raise SystemExit(3 * (run.stages['tscd_1'].method['ema_decay'] == 0.9))"))
+    done = python("job.py", "-m", "recipe=smoke", "stages.tscd_1.ema_decay=0.9,0.95", cwd=tmp_path)
+    started = [line for line in done.stdout.splitlines() if line.startswith("RUN")]
+    assert started == [f"RUN outputs/multirun/smoke/stages.tscd_1.ema_decay={decay} {decay}" for decay in (0.9, 0.95)]
+    assert done.returncode == 1
+    assert "1 of 2 jobs finished" in done.stdout and "exit code 3: outputs/multirun/smoke/stages.tscd_1.ema_decay=0.9\n" in done.stderr
+
+
+def test_multirun_of_all_combinations_under_an_own_directory(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB.format(body="pass"))
+    done = python("job.py", "-m", "recipe=smoke,demo", "run.dir=here", "seed=range(0,2)", cwd=tmp_path)
+    directories = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("RUN")]
+    assert directories == [f"here/recipe={recipe},seed={seed}" for recipe in ("smoke", "demo") for seed in (0, 1)]
+    assert done.returncode == 0
+
+
+def test_multirun_checks_all_jobs_before_the_first_and_refuses_launchers(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB.format(body="pass"))
+    typo = python("job.py", "-m", "recipe=smoke,smok", cwd=tmp_path)
+    assert (typo.returncode, typo.stdout) == (2, "") and "did you mean smoke?" in typo.stderr
+    launched = python("job.py", "-m", "seed=1,2", cwd=tmp_path, WORLD_SIZE="2")
+    assert (launched.returncode, launched.stdout) == (2, "") and "WORLD_SIZE=2" in launched.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_multirun_lets_the_job_save_and_starts_no_other(tmp_path: Path, number: signal.Signals) -> None:
+    body = """
+    import pathlib, signal, sys, time
+    def save(*_):
+        time.sleep(0.5)
+        pathlib.Path("saved").touch()
+        sys.exit(130)
+    signal.signal(signal.SIGINT, save); signal.signal(signal.SIGTERM, save)
+    pathlib.Path("ready").touch()
+    time.sleep(30)
+    """
+    (tmp_path / "job.py").write_text(JOB.format(body=body.strip()))
+    command = [sys.executable, "job.py", "-m", "seed=1,2"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "ready").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=30)
+    assert (tmp_path / "saved").exists() and process.returncode == 1
+    assert output.count("RUN") == 1 and "resume=auto" in output
