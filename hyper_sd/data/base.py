@@ -32,9 +32,10 @@ class Samples:
 
 
 class Source(Protocol):
-    """`num_samples` counts the different samples; None for a source without an end."""
-
-    num_samples: int | None
+    @property
+    def num_samples(self) -> int | None:
+        """How many different samples there are; None for a source without an end."""
+        ...
 
     def batch(self, positions: Sequence[int]) -> Samples:
         """The samples at these positions; ValueError, naming data.path, if one cannot be read."""

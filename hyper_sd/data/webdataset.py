@@ -156,9 +156,15 @@ def _index(shard: Path) -> list[_Sample]:
 
 
 def _headers(shard: Path) -> Iterator[tarfile.TarInfo]:
+    end = 0
     try:
-        with tarfile.open(shard, "r:") as archive:
-            yield from archive
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                yield member
+            file.seek(end)  # tarfile stops at a broken header as if the archive ended there
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no member and no end of the archive at byte {end}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"data.path: {shard} is not a whole, uncompressed tar file: {error}") from error
 

@@ -55,7 +55,7 @@ class Teacher(ABC):
 
     def __init__(self, pipeline: Any, facts: TeacherFacts, device: torch.device):
         self.facts, self.device = facts, device
-        self._pipeline = pipeline.to(device)
+        self.pipeline = pipeline.to(device)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
@@ -77,13 +77,13 @@ class Teacher(ABC):
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Scaled float32 latents (B, C, h, w), the mean of the posterior, of images (B, 3, H, W) in [0, 1]."""
-        vae = self._pipeline.vae
+        vae = self.pipeline.vae
         mean = vae.encode(2 * images.to(self.device, torch.float32) - 1).latent_dist.mean
         return mean * vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Float32 images (B, 3, H, W) in [0, 1] of scaled latents; gradients flow to the latents."""
-        vae = self._pipeline.vae
+        vae = self.pipeline.vae
         images = vae.decode(latents.to(self.device, torch.float32) / vae.config.scaling_factor).sample
         return (images / 2 + 0.5).clamp(0, 1)
 

@@ -22,7 +22,7 @@ class Sd15Teacher(Teacher):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        return (self._pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)[0],)
+        return (self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)[0],)
 
     def uncond(self, batch: int) -> Cond:
         return (self._empty.expand(batch, -1, -1),)

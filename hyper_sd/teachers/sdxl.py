@@ -27,7 +27,7 @@ class SdxlTeacher(Teacher):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Cond:
-        text, _, pooled, _ = self._pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        text, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
         return text, pooled, self._time_ids.expand(len(prompts), -1)
 
     def uncond(self, batch: int) -> Cond:
@@ -38,7 +38,7 @@ class SdxlTeacher(Teacher):
     def _negative(self) -> tuple[Tensor, Tensor]:
         """Zeros, or the embeddings of "" where the pipeline's `force_zeros_for_empty_prompt` is false."""
         with torch.no_grad():
-            _, text, _, pooled = self._pipeline.encode_prompt([""], device=self.device, do_classifier_free_guidance=True)
+            _, text, _, pooled = self.pipeline.encode_prompt([""], device=self.device, do_classifier_free_guidance=True)
         return text, pooled
 
     @cached_property
