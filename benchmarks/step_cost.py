@@ -108,7 +108,6 @@ def main(argv: list[str]) -> None:
 def build_engine(options: Options) -> Engine:
     return Engine(
         EngineConfig(
-            precision=options.dtype,
             gradient_checkpointing=options.gradient_checkpointing,
             accumulation=1,
             checkpoint_every_steps=1,

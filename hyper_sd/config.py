@@ -20,24 +20,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, for `Annotated[int, Range(low=1)]`: low <= value (low < value if `open_low`), value < below."""
+    """Bounds of a number, for `Annotated[int, Range(low=1)]`; an open end is excluded."""
 
     low: float
+    high: float = math.inf
     open_low: bool = False
-    below: float = math.inf
+    open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        return (value > self.low if self.open_low else value >= self.low) and value < self.below
+        above = value > self.low if self.open_low else value >= self.low
+        return above and (value < self.high if self.open_high else value <= self.high)
 
     def __str__(self) -> str:
-        return f"{'>' if self.open_low else '>='} {self.low:g}" + (f" and < {self.below:g}" if self.below < math.inf else "")
+        above, below = ">" if self.open_low else ">=", "<" if self.open_high else "<="
+        return f"{above} {self.low:g}" + (f" and {below} {self.high:g}" if self.high < math.inf else "")
 
 
 Count = Annotated[int, Range(low=1)]
 NonNegativeInt = Annotated[int, Range(low=0)]
 Positive = Annotated[float, Range(low=0, open_low=True)]
 NonNegative = Annotated[float, Range(low=0)]
-Beta = Annotated[float, Range(low=0, below=1)]
+Beta = Annotated[float, Range(low=0, high=1, open_high=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,6 @@ class LrSchedulerConfig:
 class EngineConfig:
     """How a step is computed and when it is saved; the keys are explained in configs/engine/default.yaml."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
     gradient_checkpointing: bool
     accumulation: Count
     checkpoint_every_steps: Count
@@ -132,6 +134,8 @@ class EvalConfig:
     sweep_prompts: NonNegativeInt = 0
     reference: Count = 8192
     guidance: Annotated[float, Range(low=1)] | None = None
+    eta: Annotated[float, Range(low=0, high=1)] = 1.0
+    start: NonNegativeInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +179,12 @@ class RunConfig:
     stages: dict[str, StagePlan]
     seeds: Count | None = None
     baseline: dict[str, StagePlan] = field(default_factory=dict)
+
+    @property
+    def eval_guidance(self) -> float:
+        """The guidance scale of the teacher's own images: eval.guidance, or the middle of teacher.guidance."""
+        middle = (self.teacher.guidance.min + self.teacher.guidance.max) / 2
+        return middle if self.eval.guidance is None else self.eval.guidance
 
     @property
     def selected(self) -> dict[str, StagePlan]:
