@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,6 +28,7 @@ from hyper_sd.stages.tscd import TSCD
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
+COMMANDS = sorted(path.stem for path in config_dir().glob("*.yaml") if path.stem != "command")
 GROUPS = ("teacher", "data", "lora", "optimizer", "engine", "eval", "tracker")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
 STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
@@ -66,6 +69,15 @@ def test_launcher_files_load_and_say_how_to_use_them(path: Path) -> None:
     assert config.num_processes == (1 if path.stem == "cpu" else 2)
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"accelerate launch --config_file configs/accelerate/{path.name}" in line for line in head)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_composes_and_keeps_hydra_quiet(name: str) -> None:
+    with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
+        settings = hydra.compose(name, return_hydra_config=True).hydra
+    assert (settings.output_subdir, settings.run.dir, settings.job.chdir) == (None, ".", False)
+    assert settings.job_logging.root is None and settings.hydra_logging.root is None
+    assert f"scripts/{name}.py" in settings.help.template and (ROOT / "scripts" / f"{name}.py").is_file()
 
 
 def test_the_default_is_the_demo() -> None:
@@ -326,6 +338,15 @@ def test_own_yaml_files(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["RUN outputs/own 0.95", "own"], done.stderr
     typo = python("job.py", "--config-dir", "mine", "recipe=owm", cwd=tmp_path)
     assert (typo.returncode, "did you mean own?" in typo.stderr) == (2, True)
+
+
+def test_an_installed_package_brings_its_yaml_files(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(ROOT / "hyper_sd", site / "hyper_sd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(config_dir(), site / "hyper_sd" / "configs")
+    (tmp_path / "job.py").write_text(JOB.format(body="from hyper_sd.paths import config_dir; print(config_dir())"))
+    done = python("job.py", cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.stdout.splitlines() == ["RUN outputs/demo 0.95", str(site / "hyper_sd" / "configs")], done.stderr
 
 
 def test_our_value_errors_are_one_line_and_others_keep_their_traceback(tmp_path: Path) -> None:
