@@ -1,0 +1,254 @@
+"""What a run reached: its adapters at their few steps beside the teacher, and the report's numbers.
+
+A Fréchet distance depends on the number of images and has a floor, so quality is the gap: gap(n) = (FD - FD of the teacher) / (FD of the
+un-distilled teacher at min(n, 2) steps with its best guidance - FD of the teacher). That guidance, and eta and start timestep of the
+final adapter, are chosen by the lowest FD on a draw of their own; without one, the guidance is the lowest on the evaluation itself,
+which can only make the gaps larger.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from hyper_sd.config import EvalConfig, RunConfig, TeacherConfig
+from hyper_sd.data.base import Source
+from hyper_sd.lora_file import inspect_lora
+from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw
+from hyper_sd.sample import Recipe, Sampler, recipe_from_json, recipe_to_json, tcd_row
+from hyper_sd.teachers import inspect_teacher
+
+Key = tuple[str, int, float]  # whose row, its steps, and what tells the alternatives of a sweep apart: guidance, eta or start
+
+_TEACHER, _BEST, _FINAL = "teacher", "teacher at its best guidance", "final"
+SWEEP_DRAW = 1 << 20  # the draw that settings are chosen on; no evaluation has so many draws
+_WEAKER = (0.0, 0.25, 0.5, 1.0)  # alternatives to the teacher's guidance at few steps, as shares of (w - 1)
+_AROUND = (0.5, 1.0, 1.5)  # alternatives at the teacher's full steps, to show that its guidance is a fair one
+_ETAS = (0.0, 0.3, 0.6, 1.0)
+_STARTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the schedule's length
+_UNDISTILLED = (1, 2)  # step counts of the un-distilled teacher that gaps are measured against
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA file, and how to sample with it at each step count."""
+
+    file: Path
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a sweep chose: the un-distilled teacher's guidance by step count, and the final adapter's recipe; rows are all it tried."""
+
+    guidance: dict[int, float]
+    final: Recipe
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every row of an evaluation. `undistilled` is the teacher at 1 and 2 steps with its best guidance (empty without a judge)."""
+
+    guidance: float
+    teacher_steps: int
+    teacher: dict[int, Row]
+    undistilled: dict[int, Row]
+    stages: dict[str, dict[int, Row]]
+    final: dict[int, Row]
+    choice: Choice
+    facts: dict[str, Any]
+    grid_prompts: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "teacher": {
+                "guidance": self.guidance,
+                **self._rows(self.teacher),
+                "best_guidance": self._rows(self.undistilled),
+            },
+            "stages": {name: self._rows(rows) for name, rows in self.stages.items()},
+            "final": self._rows(self.final),
+            "evaluation": self.facts,
+            "sampler": {
+                "teacher": recipe_to_json(_samplers(self.teacher)),
+                "stages": {name: recipe_to_json(_samplers(rows)) for name, rows in self.stages.items()},
+                "final": recipe_to_json(_samplers(self.final)),
+                "sweep": self.choice.rows,
+            },
+            "grid_prompts": self.grid_prompts,
+        }
+
+    def grids(self) -> dict[str, dict[str, Tensor]]:
+        """Columns of images by grid: "" is the final adapter's, then one a stage, and the un-distilled teacher's."""
+        reference = {f"teacher {_steps(self.teacher_steps)}": self.teacher[self.teacher_steps].images}
+        few = {f"teacher {_steps(n)}": row.images for n, row in _falling(self.teacher) if n != self.teacher_steps}
+        grids = {name: {_steps(n): row.images for n, row in _falling(rows)} for name, rows in [("", self.final), *self.stages.items()]}
+        return {name: reference | columns for name, columns in [*grids.items(), ("teacher", few)] if columns}
+
+    def _rows(self, rows: Mapping[int, Row]) -> dict[str, Any]:
+        teacher = self.teacher[self.teacher_steps]
+        return {str(n): row.to_json(teacher, self.undistilled.get(min(n, 2))) for n, row in rows.items()}
+
+
+def evaluate_run(cfg: RunConfig, source: Source | None = None) -> Evaluation:
+    """Evaluate the files of a run: every stage at its own steps and the final adapter. Without a judge, prompts come from `source`."""
+    run_dir = Path(cfg.run.dir)
+    stages = {name: run_dir / name / "lora.safetensors" for name in cfg.stages}
+    return evaluate(
+        cfg.teacher, cfg.eval, {name: file for name, file in stages.items() if file.is_file()}, run_dir / "lora.safetensors", source
+    )
+
+
+def evaluate(
+    teacher: TeacherConfig, cfg: EvalConfig, stages: Mapping[str, Path], final: Path | None, source: Source | None = None
+) -> Evaluation:
+    """Measure LoRA files, by name, and one file as the final adapter, on the same prompts and noise.
+
+    Every file is sampled by the recipe in its metadata; eval.steps picks rows of the final adapter's. Raises ValueError, before a
+    weight is loaded, for a file that is no LoRA of this teacher or carries no recipe.
+    """
+    started = time.monotonic()
+    _check_prompts(cfg, source)
+    fingerprint = inspect_teacher(teacher).fingerprint
+    adapters = {name: read_adapter(file, fingerprint) for name, file in stages.items()}
+    last = None if final is None else read_adapter(final, fingerprint)
+    evaluator = Evaluator.open(teacher, cfg)
+    draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
+    choice = choose(evaluator, cfg, draws, last)
+
+    steps = sorted(cfg.steps, reverse=True)
+    jobs = {(_TEACHER, n): Job(None, evaluator.teacher_row(n)) for n in (cfg.teacher_steps, *steps)}
+    jobs |= {(_BEST, n): Job(None, evaluator.teacher_row(n, w)) for n, w in choice.guidance.items()}
+    jobs |= {(f"stage {name}", n): Job(a.file, row) for name, a in adapters.items() for n, row in a.recipe.items()}
+    if last is not None:
+        jobs |= {(_FINAL, n): Job(last.file, row) for n, row in choice.final.items() if n in steps}
+    rows = evaluator.measure(jobs, draws, evaluator.end_points(draws))
+
+    def of(name: str) -> dict[int, Row]:
+        return {n: row for (owner, n), row in rows.items() if owner == name}
+
+    return Evaluation(
+        guidance=evaluator.guidance,
+        teacher_steps=cfg.teacher_steps,
+        teacher=of(_TEACHER),
+        undistilled=of(_BEST),
+        stages={name: of(f"stage {name}") for name in adapters},
+        final=of(_FINAL),
+        choice=choice,
+        facts=_facts(evaluator, cfg, draws, started),
+        grid_prompts=draws[0].prompts[:NUM_GRID],
+    )
+
+
+def read_adapter(file: Path, fingerprint: Mapping[str, Any]) -> Adapter:
+    """Raises ValueError for a file of another base model, and for one that does not say how it is sampled."""
+    header = inspect_lora(file, key="lora")
+    header.require_base(fingerprint)
+    if header.info is None or not header.info.recipe:
+        raise ValueError(f"lora={file} carries no sampler recipe (metadata hyper_sd.sampler), so how to sample with it is unknown")
+    return Adapter(file, recipe_from_json(header.info.recipe))
+
+
+def choose(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], final: Adapter | None) -> Choice:
+    """Choose by the lowest FD, on a draw of eval.sweep_prompts; with 0 of them only the un-distilled teacher's guidance, on `draws`."""
+    recipe = {} if final is None else final.recipe
+    if evaluator.judge is None:
+        return Choice({}, recipe, [])
+    teacher_keys = [_teacher_key(evaluator, n, share) for n in _UNDISTILLED for share in _WEAKER]
+    if cfg.sweep_prompts:
+        draws = [make_draw(cfg, SWEEP_DRAW, cfg.sweep_prompts)]
+        teacher_keys += [_teacher_key(evaluator, cfg.teacher_steps, share) for share in _AROUND]
+    jobs = {key: Job(None, evaluator.teacher_row(key[1], key[2])) for key in teacher_keys}
+    if cfg.sweep_prompts and final is not None:
+        jobs |= {(_FINAL, n, number): Job(final.file, row) for n in recipe for number, row in _variants(recipe[n]).items()}
+    rows = evaluator.measure(jobs, draws, title="choosing the samplers")
+    best = {group: _best({key: row for key, row in rows.items() if key[:2] == group}) for group in {key[:2] for key in rows}}
+    best[_TEACHER, cfg.teacher_steps] = _teacher_key(evaluator, cfg.teacher_steps, 1.0)  # given, not chosen
+    return Choice(
+        guidance={n: best[_TEACHER, n][2] for n in _UNDISTILLED},
+        final={n: rows[best[_FINAL, n]].sampler if (_FINAL, n) in best else row for n, row in recipe.items()},
+        rows=[_sweep_row(key, row, key == best[key[:2]]) for key, row in rows.items()],
+    )
+
+
+def _teacher_key(evaluator: Evaluator, num_steps: int, share: float) -> Key:
+    return _TEACHER, num_steps, 1 + share * (evaluator.guidance - 1)
+
+
+def _best(rows: Mapping[Key, Row]) -> Key:
+    def distance(key: Key) -> float:
+        frechet = rows[key].frechet
+        assert frechet is not None
+        return frechet.value
+
+    return min(rows, key=distance)
+
+
+def _variants(row: Sampler) -> dict[float, Sampler]:
+    """The alternatives of one row: several start timesteps for one step, several eta for more; only TCD has them."""
+    if row.scheduler != "TCDScheduler":
+        return {0.0: row}
+    if row.num_steps > 1:
+        return {eta: replace(row, eta=eta) for eta in _ETAS}
+    num_steps, solver_steps = row.config["num_train_timesteps"], row.config["original_inference_steps"]
+    starts = [round(share * solver_steps) * (num_steps // solver_steps) - 1 for share in _STARTS]
+    return {start: tcd_row(row.config, 1, solver_steps=solver_steps, eta=0.0, start=start) for start in starts}
+
+
+def _sweep_row(key: Key, row: Row, chosen: bool) -> dict[str, Any]:
+    figures, sampler = row.to_json(), row.sampler
+    return {
+        "adapter": key[0],
+        "steps": key[1],
+        "guidance": sampler.guidance_scale,
+        "eta": sampler.eta,
+        "start": sampler.timesteps[0] if sampler.timesteps else None,
+        "accuracy": figures["accuracy"],
+        "frechet": figures["frechet"],
+        "chosen": chosen,
+    }
+
+
+def _facts(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], started: float) -> dict[str, Any]:
+    floor, floor_accuracy = evaluator.floor(draws)
+    return {
+        "prompts": cfg.prompts,
+        "draws": cfg.draws,
+        "floor": floor,
+        "floor_accuracy": floor_accuracy,
+        "sweep_prompts": cfg.sweep_prompts,
+        "reference": cfg.reference if cfg.judge is not None else None,
+        "judge": cfg.judge,
+        "seed": cfg.seed,
+        "end_point_steps": 2 * cfg.teacher_steps,
+        "wall_s": round(time.monotonic() - started, 1),
+        "device": str(evaluator.pipe.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+
+
+def _check_prompts(cfg: EvalConfig, source: Source | None) -> None:
+    if cfg.judge is not None and cfg.prompts < 4:
+        raise ValueError(f"eval.prompts must be at least 4, for a Fréchet distance: got {cfg.prompts}")
+    if cfg.judge is None and source is None:
+        raise ValueError("eval.judge=null takes its prompts from the data: choose data=folder or data=webdataset and set data.path")
+
+
+def _samplers(rows: Mapping[int, Row]) -> Recipe:
+    return {n: row.sampler for n, row in rows.items()}
+
+
+def _falling(rows: Mapping[int, Row]) -> list[tuple[int, Row]]:
+    return sorted(rows.items(), key=lambda item: -item[0])
+
+
+def _steps(num: int) -> str:
+    return f"{num} step{'s' if num > 1 else ''}"

@@ -1,0 +1,228 @@
+"""Rows of an evaluation: a LoRA and a sampler, measured on draws of prompts and noise that all rows share.
+
+Accuracy is the share of images in which the judge finds every attribute right. FD is the Fréchet distance of the judge's features to
+those of fresh renders. mse_to_teacher is the mean squared distance of the latent to the end point of the teacher's own trajectory from
+the same noise, at the teacher's guidance.
+"""
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hyper_sd.config import EvalConfig, TeacherConfig
+from hyper_sd.data.base import Source
+from hyper_sd.data.scenes import IMAGE_SIZE, captions, render, sample_scenes
+from hyper_sd.judge import Judge, all_right
+from hyper_sd.metrics import Gaussian, Jackknifed, frechet_jackknife, gap, mean_and_error, mean_of_draws
+from hyper_sd.paths import asset_dir
+from hyper_sd.randomness import Purpose, fold
+from hyper_sd.sample import Sampler, adapter, decode, latent_shape, sample, teacher_row
+from hyper_sd.teachers import load_pipeline
+
+K = TypeVar("K", bound=Hashable)
+
+NUM_GRID = 8  # prompts of the grids: the first of the first draw
+REFERENCE_SEED = 0xF1D  # of the renders that features are compared with
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The prompts and the noise that rows share; labels (B, 13) are what the judge should find."""
+
+    seed: int
+    prompts: list[str]
+    labels: Tensor | None = None
+    renders: Tensor | None = None
+
+
+def make_draw(cfg: EvalConfig, number: int, num_prompts: int, source: Source | None = None) -> Draw:
+    """Draw `number` of eval.seed: captions of scenes nobody trained on for the judge, else captions of the data source."""
+    seed = fold(cfg.seed, Purpose.SAMPLE, number)
+    if cfg.judge is not None:
+        scenes = sample_scenes(seed, np.arange(num_prompts))
+        return Draw(seed, captions(scenes), scenes.labels(), render(scenes))
+    assert source is not None, "without a judge, prompts come from a data source"
+    first = number * num_prompts
+    return Draw(seed, list(source.batch(range(first, first + num_prompts)).captions))
+
+
+def teacher_guidance(teacher: TeacherConfig, cfg: EvalConfig) -> float:
+    """The guidance scale that the teacher is sampled with."""
+    return (teacher.guidance.min + teacher.guidance.max) / 2 if cfg.guidance is None else cfg.guidance
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to measure: a LoRA file (None: the teacher) and a sampler."""
+
+    lora: Path | None
+    sampler: Sampler
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row over all draws; images (B, 3, H, W) are those of the grid."""
+
+    sampler: Sampler
+    right: Tensor | None
+    frechet: Jackknifed | None
+    error: Tensor | None
+    images: Tensor
+
+    def to_json(self, teacher: "Row | None" = None, undistilled: "Row | None" = None) -> dict[str, Any]:
+        """accuracy, frechet, gap and mse_to_teacher with their standard errors; null where there is nothing to compare with."""
+        accuracy = mean_and_error(self.right) if self.right is not None else (None, None)
+        frechet = (self.frechet.value, self.frechet.standard_error) if self.frechet is not None else (None, None)
+        error = mean_and_error(self.error) if self.error is not None else (None, None)
+        relative = self._gap(teacher, undistilled)
+        names = ("accuracy", "frechet", "gap", "mse_to_teacher")
+        values = dict(zip(names, (accuracy, frechet, relative, error), strict=True))
+        return {
+            **{name: value for name, (value, _) in values.items()},
+            "standard_error": {name: se for name, (_, se) in values.items()},
+            "guidance": self.sampler.guidance_scale,
+        }
+
+    def _gap(self, teacher: "Row | None", undistilled: "Row | None") -> tuple[float | None, float | None]:
+        figures = [row.frechet if row is not None else None for row in (self, teacher, undistilled)]
+        own, best, worst = figures
+        if own is None or best is None or worst is None or worst.value <= best.value:
+            return None, None  # a teacher that few steps do not hurt leaves no scale to measure on
+        relative = gap(own, best, worst)
+        return relative.value, relative.standard_error
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """A teacher's stock pipeline, with the judge and the features of `eval.reference` fresh renders it compares with."""
+
+    pipe: Any
+    guidance: float
+    teacher_steps: int
+    image_size: int | None
+    batch_size: int
+    judge: Judge | None
+    reference: Gaussian | None
+
+    @classmethod
+    def open(cls, teacher: TeacherConfig, cfg: EvalConfig) -> "Evaluator":
+        """Raises ValueError, naming the key, for a judge that does not know the pipeline's images."""
+        cuda = torch.cuda.is_available()
+        pipe: Any = load_pipeline(teacher, torch.bfloat16 if cuda and teacher.dtype != "fp32" else torch.float32)
+        pipe.to("cuda" if cuda else "cpu")
+        pipe.vae.to(torch.float32)
+        judge, reference = None, None
+        if cfg.judge is not None:
+            size = latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor
+            if size != IMAGE_SIZE:
+                raise ValueError(
+                    f"eval.judge={cfg.judge} knows images of {IMAGE_SIZE} pixels, this teacher draws {size}; set eval.judge=null"
+                )
+            judge = Judge.load(asset_dir("judge"))
+            reference = Gaussian.fit(_reference_features(judge, cfg.reference))
+        return cls(pipe, teacher_guidance(teacher, cfg), cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference)
+
+    def teacher_row(self, num_steps: int, guidance: float | None = None) -> Sampler:
+        return teacher_row(self.pipe.scheduler.config, num_steps, self.guidance if guidance is None else guidance)
+
+    def measure(
+        self, jobs: Mapping[K, Job], draws: Sequence[Draw], ends: Sequence[Tensor] | None = None, title: str = "evaluation"
+    ) -> dict[K, Row]:
+        """One row a job. `ends` are the end points that latents are compared with, one tensor a draw. Equal jobs are sampled once."""
+        names = {key: _identity(job) for key, job in jobs.items()}
+        distinct = {names[key]: job for key, job in jobs.items()}
+        total = sum(_cost(job.sampler) for job in distinct.values()) * sum(len(draw.prompts) for draw in draws)
+        rows: dict[str, Row] = {}
+        with tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=None) as bar:
+            for lora in dict.fromkeys(job.lora for job in distinct.values()):
+                with adapter(self.pipe, lora):
+                    for name, job in distinct.items():
+                        if job.lora == lora:
+                            rows[name] = self._row(job.sampler, draws, ends, bar)
+        return {key: rows[name] for key, name in names.items()}
+
+    def end_points(self, draws: Sequence[Draw]) -> list[Tensor]:
+        """The teacher's clean latents, at twice the steps of its row: where its trajectories end."""
+        row = self.teacher_row(2 * self.teacher_steps)
+        total = sum(len(draw.prompts) for draw in draws) * _cost(row)
+        with tqdm(total=total, unit="forward", unit_scale=True, desc="the teacher's end points", disable=None) as bar:
+            return [self._sample(row, draw, bar) for draw in draws]
+
+    def floor(self, draws: Sequence[Draw]) -> tuple[float | None, float | None]:
+        """FD and accuracy of the renders of the draws' own scenes: what a perfect sampler would get with as many images."""
+        if self.judge is None:
+            return None, None
+        scores = [self._judged(draw.renders, draw) for draw in draws if draw.renders is not None]
+        return mean_of_draws([frechet for _, frechet in scores]).value, float(torch.cat([right for right, _ in scores]).float().mean())
+
+    def _row(self, sampler: Sampler, draws: Sequence[Draw], ends: Sequence[Tensor] | None, bar: Any) -> Row:
+        right, frechet, error, grid = [], [], [], None
+        for number, draw in enumerate(draws):
+            latents = self._sample(sampler, draw, bar)
+            if ends is not None:
+                error.append((latents - ends[number]).square().flatten(1).mean(1))
+            images = decode(self.pipe, latents if self.judge is not None else latents[:NUM_GRID], self.batch_size)
+            grid = images[:NUM_GRID].clone() if grid is None else grid
+            if self.judge is not None:
+                for scores, score in zip((right, frechet), self._judged(images, draw), strict=True):
+                    scores.append(score)
+        assert grid is not None
+        return Row(
+            sampler,
+            right=torch.cat(right) if right else None,
+            frechet=mean_of_draws(frechet) if frechet else None,
+            error=torch.cat(error) if error else None,
+            images=grid,
+        )
+
+    def _sample(self, sampler: Sampler, draw: Draw, bar: Any) -> Tensor:
+        cost = _cost(sampler)
+        bar.set_postfix_str(f"{sampler.num_steps} steps of {sampler.scheduler.removesuffix('Scheduler')}")
+        return sample(
+            self.pipe,
+            draw.prompts,
+            sampler,
+            seed=draw.seed,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            advance=lambda n: bar.update(n * cost),
+        )
+
+    @torch.inference_mode()
+    def _judged(self, images: Tensor, draw: Draw) -> tuple[Tensor, Jackknifed]:
+        assert self.judge is not None and self.reference is not None and draw.labels is not None
+        features = torch.cat([self.judge.features(chunk) for chunk in images.split(512)])
+        found = torch.cat([self.judge.attributes(chunk) for chunk in images.split(512)])
+        return all_right(found, draw.labels), frechet_jackknife(features, self.reference)
+
+
+def _reference_features(judge: Judge, num: int) -> Tensor:
+    with torch.inference_mode():
+        chunks = [np.arange(start, min(start + 512, num)) for start in range(0, num, 512)]
+        return torch.cat([judge.features(render(sample_scenes(REFERENCE_SEED, index))) for index in chunks])
+
+
+def _cost(sampler: Sampler) -> int:
+    """Network evaluations a sample."""
+    return sampler.num_steps * (2 if sampler.guidance_scale > 1 else 1)
+
+
+def _identity(job: Job) -> str:
+    """Equal for jobs whose images are equal: the same tensors, whatever the file is called and says, and the same sampler."""
+    weights = "" if job.lora is None else _tensors_digest(job.lora)
+    return json.dumps([weights, job.sampler.num_steps, job.sampler.to_json()], sort_keys=True)
+
+
+def _tensors_digest(file: Path) -> str:
+    """SHA-256 of a safetensors file after its header."""
+    with file.open("rb") as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,265 @@
+"""Text to images through a stock diffusers pipeline, with a few-step LoRA and the sampler it was made for.
+
+A `Sampler` is everything a user needs to sample at one step count; an adapter's file carries one row per step count. All draws
+come from integers, so an image depends on (seed, index, prompt, row) and never on the batch it was drawn in.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from hyper_sd.denoiser import Denoiser
+from hyper_sd.guidance import Cond
+from hyper_sd.lora_file import SamplerRecipe, SamplerRow
+from hyper_sd.randomness import Purpose, generator, normal
+from hyper_sd.roles import Role
+
+SCHEDULERS = ("TCDScheduler", "DDIMScheduler", "LCMScheduler")
+STEP_COUNTS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How to sample with `num_steps` network evaluations (twice as many with guidance on).
+
+    `config` is the full config of the diffusers scheduler. `eta` is None for a scheduler that has none. `guidance_scale` 1 is off.
+    `timesteps`, if given, replaces the scheduler's own grid, e.g. (899,) for one step that starts below the top.
+    """
+
+    num_steps: int
+    scheduler: str
+    config: Mapping[str, Any]
+    eta: float | None = None
+    guidance_scale: float = 1.0
+    timesteps: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"sampler.scheduler must be one of {', '.join(SCHEDULERS)}: got {self.scheduler!r}")
+        if unknown := self.config.keys() - _parameters(self.scheduler):
+            raise ValueError(f"sampler.config of {self.scheduler} has unknown keys: {sorted(unknown)}")
+        if self.timesteps is not None and len(self.timesteps) != self.num_steps:
+            raise ValueError(f"sampler.timesteps must have one entry a step: got {list(self.timesteps)} for {self.num_steps} steps")
+
+    def build(self) -> Any:
+        """The diffusers scheduler itself."""
+        return getattr(diffusers, self.scheduler)(**self.config)
+
+    def to_json(self) -> SamplerRow:
+        """What an adapter's file and the report hold; the step count is the key it is stored under."""
+        return SamplerRow(
+            scheduler=self.scheduler,
+            config=dict(self.config),
+            eta=self.eta,
+            guidance_scale=self.guidance_scale,
+            timesteps=None if self.timesteps is None else list(self.timesteps),
+        )
+
+    @classmethod
+    def from_json(cls, num_steps: int | str, row: Mapping[str, Any]) -> "Sampler":
+        """Raises ValueError for a row that is not one of ours, naming what is wrong."""
+        if different := SamplerRow.__annotations__.keys() ^ row.keys():
+            raise ValueError(f"the sampler recipe for {num_steps} steps has missing or unknown keys: {sorted(different)}")
+        timesteps = None if row["timesteps"] is None else tuple(int(t) for t in row["timesteps"])
+        return cls(**{**row, "num_steps": int(num_steps), "timesteps": timesteps})
+
+
+Recipe = dict[int, Sampler]
+
+
+def recipe_to_json(recipe: Recipe) -> SamplerRecipe:
+    return {str(num_steps): row.to_json() for num_steps, row in recipe.items()}
+
+
+def recipe_from_json(rows: Mapping[str, Mapping[str, Any]]) -> Recipe:
+    return {int(num_steps): Sampler.from_json(num_steps, row) for num_steps, row in rows.items()}
+
+
+def teacher_row(base: Mapping[str, Any], num_steps: int, guidance_scale: float) -> Sampler:
+    """DDIM with trailing spacing, from the top timestep to alpha(0): the un-distilled teacher's sampler."""
+    config = _config("DDIMScheduler", base, timestep_spacing="trailing")
+    return Sampler(num_steps=num_steps, scheduler="DDIMScheduler", config=config, eta=0.0, guidance_scale=guidance_scale)
+
+
+def tcd_row(base: Mapping[str, Any], num_steps: int, *, solver_steps: int, eta: float, start: int | None = None) -> Sampler:
+    """TCD on the solver's grid, so that every step ends on a segment's edge; with eta 0 it is DDIM on that grid.
+
+    `start` moves the first timestep, and the further ones in proportion, each to the nearest point of the grid.
+    """
+    config = _config("TCDScheduler", base, original_inference_steps=solver_steps)
+    stride = config["num_train_timesteps"] // solver_steps
+    top = None if start is None else (start + 1) / stride
+    timesteps = None if top is None else tuple(round(top * (1 - i / num_steps)) * stride - 1 for i in range(num_steps))
+    return Sampler(num_steps=num_steps, scheduler="TCDScheduler", config=config, eta=eta, timesteps=timesteps)
+
+
+def lcm_row(base: Mapping[str, Any], num_steps: int, *, solver_steps: int) -> Sampler:
+    """LCM's multistep sampling on the solver's grid: what a single-stage consistency adapter is used with."""
+    return Sampler(
+        num_steps=num_steps, scheduler="LCMScheduler", config=_config("LCMScheduler", base, original_inference_steps=solver_steps)
+    )
+
+
+def stage_recipe(base: Mapping[str, Any], *, segments: int, solver_steps: int, eta: float = 1.0, start: int | None = None) -> Recipe:
+    """The recipe of a TSCD adapter: k steps at eta 0 for k segments; for k = 1 also several steps at `eta`, and one from `start`."""
+    if segments > 1:
+        return {segments: tcd_row(base, segments, solver_steps=solver_steps, eta=0.0)}
+    rows = {1: tcd_row(base, 1, solver_steps=solver_steps, eta=0.0, start=start)}
+    return rows | {n: tcd_row(base, n, solver_steps=solver_steps, eta=eta) for n in STEP_COUNTS if 1 < n <= solver_steps}
+
+
+def _config(scheduler: str, base: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    """The pipeline's own betas and prediction type; nothing is clipped, and the clean end is alpha(0), as in training."""
+    ends = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": False}
+    built = getattr(diffusers, scheduler).from_config(dict(base), **ends, **overrides)
+    config = {name: built.config[name] for name in sorted(_parameters(scheduler))}
+    betas = config.get("trained_betas")
+    return config | {"trained_betas": None if betas is None else [float(beta) for beta in betas]}
+
+
+def _parameters(scheduler: str) -> set[str]:
+    return set(inspect.signature(getattr(diffusers, scheduler).__init__).parameters) - {"self"}
+
+
+@torch.inference_mode()
+def sample(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    row: Sampler,
+    *,
+    seed: int,
+    index: Sequence[int] | None = None,
+    image_size: int | None = None,
+    batch_size: int = 64,
+    advance: Callable[[int], Any] | None = None,
+) -> Tensor:
+    """Clean latents (len(prompts), C, H, W), float32 on the CPU, by the pipeline's own `__call__`; `decode` makes images of them.
+
+    Sample i starts from the noise of (seed, index[i]), by default index[i] = i. `advance(n)` is told after every batch of n.
+    """
+    index = range(len(prompts)) if index is None else index
+    shape, latents = latent_shape(pipe, image_size), []
+    with _scheduler(pipe, row):
+        for start in range(0, len(prompts), batch_size):
+            rows = slice(start, start + batch_size)
+            latents.append(_sample_batch(pipe, list(prompts[rows]), row, seed, list(index[rows]), shape, image_size))
+            if advance is not None:
+                advance(len(latents[-1]))
+    return torch.cat(latents)
+
+
+def _sample_batch(
+    pipe: Any, prompts: list[str], row: Sampler, seed: int, index: list[int], shape: tuple[int, ...], image_size: int | None
+) -> Tensor:
+    noise = normal((seed, Purpose.SAMPLE), index, shape)
+    grid = {"num_inference_steps": row.num_steps} if row.timesteps is None else {"timesteps": list(row.timesteps)}
+    output = pipe(
+        prompts,
+        height=image_size,
+        width=image_size,
+        latents=noise.to(pipe.device, pipe.unet.dtype),
+        generator=[generator(seed, Purpose.SAMPLE, i, 1) for i in index],  # the sampler's own noise, where eta > 0
+        guidance_scale=row.guidance_scale,
+        eta=row.eta or 0.0,
+        output_type="latent",
+        **grid,
+    )
+    return output.images.float().cpu()
+
+
+@torch.inference_mode()
+def decode(pipe: Any, latents: Tensor, batch_size: int = 64) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], float32 on the CPU."""
+    vae = pipe.vae
+    scaled = latents / vae.config.scaling_factor
+    images = [vae.decode(chunk.to(pipe.device, vae.dtype)).sample.float().cpu() for chunk in scaled.split(batch_size)]
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+
+def latent_shape(pipe: Any, image_size: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the pipeline's latents at an image size in pixels, by default the pipeline's own."""
+    config = pipe.unet.config
+    side = config.sample_size if image_size is None else image_size // pipe.vae_scale_factor
+    return config.in_channels, side, side
+
+
+@contextmanager
+def adapter(pipe: Any, file: Path | None) -> Iterator[None]:
+    """Run the pipeline with a LoRA file fused into its network; on exit the network is bitwise what it was. None: the teacher."""
+    if file is None:
+        yield
+        return
+    net = pipe.unet
+    original = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    try:
+        pipe.load_lora_weights(str(file), use_safetensors=True)
+        pipe.fuse_lora(components=["unet"])
+        pipe.unload_lora_weights()  # leaves the fused weights and removes peft's layers
+        yield
+    finally:
+        pipe.unload_lora_weights()
+        net.load_state_dict(original)  # subtracting the LoRA again would leave rounding errors behind
+
+
+@contextmanager
+def _scheduler(pipe: Any, row: Sampler) -> Iterator[None]:
+    previous, log = pipe.scheduler, logging.getLogger("diffusers.schedulers.scheduling_tcd")
+    level, bar = log.level, getattr(pipe, "_progress_bar_config", {})
+    pipe.scheduler = row.build()
+    pipe.set_progress_bar_config(disable=True)
+    log.setLevel(logging.ERROR)  # a start below the top timestep is meant, and would be warned of in every batch
+    try:
+        yield
+    finally:
+        pipe.scheduler = previous
+        pipe.set_progress_bar_config(**bar)
+        log.setLevel(level)
+
+
+def rollout(
+    denoiser: Denoiser,
+    role: Role,
+    noise: Tensor,
+    timesteps: Sequence[int],
+    cond: Cond,
+    *,
+    eta: float = 0.0,
+    w: Tensor | None = None,
+    uncond: Cond | None = None,
+    fresh: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """What TCDScheduler does, with the training network: clean latents (B, C, H, W) from noise at timesteps[0].
+
+    Every step jumps to s = floor((1 - eta) t_next) and is renoised from s to t_next with `fresh(step)`, standard normal like noise
+    (needed where eta > 0); the last step jumps to the clean end.
+    """
+    x = noise
+    for step, t in enumerate(timesteps):
+        at = torch.full((len(x),), t, device=x.device)
+        prediction = denoiser(role, x, at, cond, w=w, uncond=uncond)
+        if step + 1 == len(timesteps):
+            return denoiser.jump(prediction, torch.full_like(at, -1))
+        following = torch.full_like(at, timesteps[step + 1])
+        if eta == 0:
+            x = denoiser.jump(prediction, following)
+            continue
+        assert fresh is not None, "eta > 0 needs fresh noise"
+        s = ((1 - eta) * following).floor().long()
+        x = _renoise(denoiser, denoiser.jump(prediction, s), s, following, fresh(step))
+    return x
+
+
+def _renoise(denoiser: Denoiser, x_s: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """Forward diffusion from s to t >= s: x_t = (alpha_t / alpha_s) x_s + sqrt(1 - alpha_t^2 / alpha_s^2) noise."""
+    (alpha_s, _), (alpha_t, _) = denoiser.schedule(s[:1]), denoiser.schedule(t[:1])
+    ratio = (alpha_t / alpha_s).to(x_s)
+    return ratio * x_s + (1 - ratio.square()).sqrt() * noise

@@ -1,0 +1,222 @@
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import TCDScheduler
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hyper_sd.config import TeacherConfig
+from hyper_sd.randomness import Purpose, generator, normal
+from hyper_sd.sample import (
+    Sampler,
+    adapter,
+    decode,
+    latent_shape,
+    lcm_row,
+    recipe_from_json,
+    recipe_to_json,
+    rollout,
+    sample,
+    stage_recipe,
+    tcd_row,
+    teacher_row,
+)
+from hyper_sd.schedule import SolverGrid
+from hyper_sd.teachers import load_pipeline, load_teacher
+from tests.adapters import ADAPTER, random_denoiser, teacher_config, write_adapter
+from tests.tiny import BETAS, tiny_sd15, tiny_sdxl
+
+PROMPTS = ["a red circle", "a blue square on a red background", "circle", "", "a blue circle"]
+SEED = 7
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
+    return teacher_config(tiny_sd15(tmp_path_factory.mktemp("sd15")))
+
+
+@pytest.fixture(scope="module")
+def pipe(config: TeacherConfig):
+    return load_pipeline(config)
+
+
+@pytest.mark.parametrize(("solver_steps", "segments"), [(n, k) for n in (8, 20, 40, 50, 200) for k in (1, 2, 4, 8) if n % k == 0])
+def test_every_tcd_step_ends_on_the_edge_of_its_segment(solver_steps: int, segments: int):
+    row = tcd_row(BETAS, segments, solver_steps=solver_steps, eta=0.0)
+    scheduler = row.build()
+    scheduler.set_timesteps(segments)
+    timesteps = [*scheduler.timesteps.tolist(), -1]
+    grid = SolverGrid(1000, solver_steps, segments)
+    for t, following in itertools.pairwise(timesteps):
+        index = torch.tensor((t + 1) * solver_steps // 1000)
+        assert grid.tau(index) - 1 == t
+        assert grid.tau(grid.edge_index(index)) - 1 == following
+
+
+def test_the_default_grid_of_tcd_would_miss_the_edges():
+    scheduler = TCDScheduler(**BETAS)
+    scheduler.set_timesteps(8)
+    assert scheduler.timesteps.tolist() != [125 * i - 1 for i in range(8, 0, -1)]
+
+
+def test_lcm_uses_the_same_grid():
+    scheduler = lcm_row(BETAS, 4, solver_steps=40).build()
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+
+
+def test_a_lower_start_moves_all_timesteps_onto_lower_grid_points():
+    assert tcd_row(BETAS, 1, solver_steps=40, eta=0.0, start=899).timesteps == (899,)
+    assert tcd_row(BETAS, 2, solver_steps=40, eta=0.0, start=899).timesteps == (899, 449)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+def test_tcd_without_eta_is_trailing_ddim(pipe, num_steps: int):
+    base = pipe.scheduler.config
+    tcd = sample(pipe, PROMPTS, tcd_row(base, num_steps, solver_steps=40, eta=0.0), seed=SEED)
+    ddim = sample(pipe, PROMPTS, teacher_row(base, num_steps, 1.0), seed=SEED)
+    torch.testing.assert_close(tcd, ddim)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr", "num_steps", "eta", "start"),
+    [
+        ("epsilon", False, 4, 0.0, None),
+        ("epsilon", False, 4, 1.0, None),
+        ("epsilon", False, 8, 0.3, None),
+        ("epsilon", False, 1, 0.0, 899),
+        ("sample", False, 2, 0.3, None),
+        ("v_prediction", True, 4, 0.3, None),
+    ],
+)
+def test_rollout_of_the_training_network_is_what_the_stock_pipeline_does(
+    tmp_path: Path, prediction: str, zero_snr: bool, num_steps: int, eta: float, start: int | None
+):
+    config = teacher_config(tiny_sd15(tmp_path, prediction_type=prediction, zero_snr=zero_snr))
+    pipe = load_pipeline(config)
+    row = tcd_row(pipe.scheduler.config, num_steps, solver_steps=40, eta=eta, start=start)
+    expected = sample(pipe, PROMPTS, row, seed=SEED)
+    teacher = load_teacher(config, torch.device("cpu"), torch.float32)
+    found = rollout_like(random_denoiser(teacher), (), row, teacher.encode_prompts(PROMPTS), teacher.latent_shape)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_guided_rollout_is_what_the_stock_pipeline_does(config: TeacherConfig, pipe):
+    row = teacher_row(pipe.scheduler.config, 4, 3.0)
+    teacher = load_teacher(config, torch.device("cpu"), torch.float32)
+    noise = normal((SEED, Purpose.SAMPLE), range(len(PROMPTS)), teacher.latent_shape)
+    uncond, w = teacher.uncond(len(PROMPTS)), torch.full((len(PROMPTS),), 3.0)
+    cond = teacher.encode_prompts(PROMPTS)
+    with torch.no_grad():
+        found = rollout(random_denoiser(teacher), (), noise, (999, 749, 499, 249), cond, w=w, uncond=uncond)
+    torch.testing.assert_close(found, sample(pipe, PROMPTS, row, seed=SEED), rtol=1e-4, atol=1e-3)
+
+
+def test_an_image_does_not_depend_on_its_batch(pipe):
+    row = tcd_row(pipe.scheduler.config, 4, solver_steps=40, eta=1.0)
+    together = sample(pipe, PROMPTS, row, seed=SEED)
+    alone = sample(pipe, PROMPTS[3:], row, seed=SEED, index=[3, 4], batch_size=1)
+    torch.testing.assert_close(alone, together[3:], rtol=1e-4, atol=1e-4)
+    other = sample(pipe, PROMPTS[3:], row, seed=SEED + 1, index=[3, 4])
+    assert (other - alone).abs().max() > 0.1
+
+
+def test_sampling_tells_its_progress_and_leaves_the_pipeline_alone(pipe):
+    before, counts = pipe.scheduler, []
+    sample(pipe, PROMPTS, teacher_row(pipe.scheduler.config, 2, 1.0), seed=SEED, batch_size=2, advance=counts.append)
+    assert counts == [2, 2, 1]
+    assert pipe.scheduler is before
+
+
+def test_decoded_images_are_those_of_the_pipeline(pipe):
+    row = teacher_row(pipe.scheduler.config, 2, 1.0)
+    latents = sample(pipe, PROMPTS, row, seed=SEED)
+    pipe.scheduler = row.build()
+    noise = normal((SEED, Purpose.SAMPLE), range(len(PROMPTS)), latent_shape(pipe))
+    expected = pipe(PROMPTS, num_inference_steps=2, guidance_scale=1.0, latents=noise, output_type="pt").images
+    images = decode(pipe, latents, batch_size=2)
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-4)
+    assert images.shape == (len(PROMPTS), 3, 32, 32)
+
+
+def test_an_adapter_acts_as_in_training_and_leaves_no_trace(tmp_path: Path, config: TeacherConfig, pipe):
+    file = tmp_path / "lora.safetensors"
+    recipe = stage_recipe(pipe.scheduler.config, segments=2, solver_steps=40)
+    denoiser = write_adapter(file, config, recipe, stage="tscd_2")
+    original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with adapter(pipe, file):
+        found = sample(pipe, PROMPTS, recipe[2], seed=SEED)
+    without = sample(pipe, PROMPTS, recipe[2], seed=SEED)
+    teacher = load_teacher(config, torch.device("cpu"), torch.float32)
+    expected = rollout_like(denoiser, (ADAPTER,), recipe[2], teacher.encode_prompts(PROMPTS), teacher.latent_shape)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+    assert (without - found).abs().max() > 0.01 * expected.abs().max()
+    assert pipe.unet.state_dict().keys() == original.keys()
+    assert all(torch.equal(value, original[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_a_broken_adapter_leaves_the_pipeline_alone(tmp_path: Path, config: TeacherConfig, pipe):
+    file = tmp_path / "lora.safetensors"
+    write_adapter(file, config, stage_recipe(pipe.scheduler.config, segments=2, solver_steps=40))
+    file.write_bytes(file.read_bytes()[:-100])
+    row = teacher_row(pipe.scheduler.config, 1, 1.0)
+    before = sample(pipe, PROMPTS, row, seed=SEED)
+    with pytest.raises(SafetensorError), adapter(pipe, file):
+        pass
+    assert torch.equal(before, sample(pipe, PROMPTS, row, seed=SEED))
+
+
+def test_sdxl_samples_at_its_own_and_at_another_size(tmp_path: Path):
+    pipe = load_pipeline(teacher_config(tiny_sdxl(tmp_path), "sdxl"))
+    row = tcd_row(pipe.scheduler.config, 2, solver_steps=40, eta=0.3)
+    assert decode(pipe, sample(pipe, PROMPTS, row, seed=SEED)).shape == (len(PROMPTS), 3, 32, 32)
+    assert decode(pipe, sample(pipe, PROMPTS[:1], row, seed=SEED, image_size=64)).shape == (1, 3, 64, 64)
+
+
+def test_a_recipe_survives_json():
+    recipe = stage_recipe(BETAS, segments=1, solver_steps=40, eta=0.3, start=899)
+    assert list(recipe) == [1, 2, 4, 8]
+    assert recipe_from_json(recipe_to_json(recipe)) == recipe
+    assert recipe_to_json(recipe)["1"]["timesteps"] == [899]
+    assert recipe_to_json(recipe)["4"]["config"]["original_inference_steps"] == 40
+    assert list(stage_recipe(BETAS, segments=4, solver_steps=40)) == [4]
+
+
+def test_a_recipe_keeps_the_teachers_schedule():
+    base = BETAS | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "clip_sample": True, "steps_offset": 1}
+    for row in (tcd_row(base, 4, solver_steps=40, eta=0.0), lcm_row(base, 4, solver_steps=40), teacher_row(base, 4, 3.0)):
+        assert row.config["beta_end"] == 0.012
+        assert row.config["prediction_type"] == "v_prediction"
+        assert row.config["rescale_betas_zero_snr"] is True
+        assert row.config["clip_sample"] is False
+        assert row.config["set_alpha_to_one"] is False
+
+
+def test_bad_recipes_are_refused():
+    good = teacher_row(BETAS, 4, 1.0).to_json()
+    with pytest.raises(ValueError, match="TCDScheduler, DDIMScheduler, LCMScheduler: got 'EulerDiscreteScheduler'"):
+        Sampler.from_json(4, good | {"scheduler": "EulerDiscreteScheduler"})
+    with pytest.raises(ValueError, match=r"unknown keys: \['beta'\]"):
+        Sampler.from_json(4, good | {"config": {"beta": 1}})
+    with pytest.raises(ValueError, match="4 steps has missing or unknown keys"):
+        Sampler.from_json(4, {name: value for name, value in good.items() if name != "eta"})
+    with pytest.raises(ValueError, match="one entry a step"):
+        Sampler.from_json(4, good | {"timesteps": [999]})
+
+
+def rollout_like(denoiser, role, row: Sampler, cond, shape: tuple[int, ...]) -> Tensor:
+    """`rollout` at the timesteps of a sampler, with the noise that `sample` uses."""
+    scheduler, num = row.build(), len(cond[0])
+    if row.timesteps is None:
+        scheduler.set_timesteps(row.num_steps)
+    timesteps = row.timesteps or scheduler.timesteps.tolist()
+    generators = [generator(SEED, Purpose.SAMPLE, i, 1) for i in range(num)]
+
+    def fresh(step: int) -> Tensor:
+        return torch.stack([torch.randn(*shape, generator=g) for g in generators])
+
+    noise = normal((SEED, Purpose.SAMPLE), range(num), shape)
+    with torch.no_grad():
+        return rollout(denoiser, role, noise, timesteps, cond, eta=row.eta or 0.0, fresh=fresh)
