@@ -1,0 +1,148 @@
+"""The procedural scenes: captions, labels and pixels agree, and a scene is a function of (seed, index)."""
+
+import math
+import re
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hyper_sd.data.scenes import (
+    BACKGROUNDS,
+    COLORS,
+    EMPTY,
+    IMAGE_SIZE,
+    NUM_PLACES,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scenes,
+    captions,
+    render,
+    sample_scenes,
+)
+
+NUM = 1500
+SCENES = sample_scenes(0, np.arange(NUM))
+IMAGES = render(SCENES)
+HALF = IMAGE_SIZE // 2
+AREAS = {  # over the squared radius
+    "circle": math.pi,
+    "square": (2 * 0.86) ** 2,
+    "triangle": 0.5 * 1.92 * 1.92,
+    "ring": math.pi * (1 - 0.56**2),
+    "cross": 4 * 0.6 - 0.6**2,
+}
+RADII = {"small": 3.7, "large": 6.4}
+
+
+def quadrant(row: int, place: int) -> Tensor:
+    y, x = HALF * (place // 2), HALF * (place % 2)
+    return IMAGES[row, :, y : y + HALF, x : x + HALF]
+
+
+def background(scenes: Scenes, row: int) -> Tensor:
+    return torch.tensor(list(BACKGROUNDS.values())[scenes.background[row]])
+
+
+def objects() -> list[tuple[int, int]]:
+    return [(row, place) for row in range(NUM) for place in range(NUM_PLACES) if SCENES.shape[row, place] != EMPTY]
+
+
+def coverage(row: int, place: int) -> Tensor:
+    """Share of each pixel's way from the background to the object's colour, found from the pixels (16, 16)."""
+    bg = background(SCENES, row)[:, None, None]
+    color = torch.tensor(list(COLORS.values())[SCENES.color[row, place]])[:, None, None]
+    return ((quadrant(row, place) - bg) * (color - bg)).sum(0) / (color - bg).square().sum()
+
+
+def test_a_scene_depends_on_its_seed_and_index_alone() -> None:
+    index = np.array([917, 3, 44])
+    part = sample_scenes(0, index)
+    assert torch.equal(part.labels(), SCENES.labels()[index])
+    assert captions(part) == [captions(SCENES)[i] for i in index]
+    assert torch.equal(render(part), IMAGES[index])
+    assert not torch.equal(sample_scenes(1, index).labels(), part.labels())
+
+
+def test_images_are_float32_in_range() -> None:
+    assert IMAGES.shape == (NUM, 3, 32, 32) and IMAGES.dtype == torch.float32
+    assert float(IMAGES.min()) >= 0 and float(IMAGES.max()) <= 1
+
+
+def test_the_world_is_as_large_as_promised() -> None:
+    assert len(SHAPES) >= 5 and {"ring", "cross"} <= set(SHAPES)
+    assert len(COLORS) == 8 and len(SIZES) == 2 and len(PLACES) == 4
+
+
+def test_every_attribute_is_drawn_evenly_and_half_of_the_scenes_have_two_objects() -> None:
+    present = SCENES.shape != EMPTY
+    num_objects = present.sum(1)
+    assert set(num_objects) == {1, 2}
+    assert 0.5 <= (num_objects == 2).mean() <= 0.75
+    for values, num in (
+        (SCENES.shape[present], len(SHAPES)),
+        (SCENES.color[present], len(COLORS)),
+        (SCENES.size[present], len(SIZES)),
+        (SCENES.background, len(BACKGROUNDS)),
+        (np.nonzero(present)[1], NUM_PLACES),
+        (SCENES.first, NUM_PLACES),
+    ):
+        share = np.bincount(values, minlength=num) / len(values)
+        assert len(share) == num and np.abs(share * num - 1).max() < 0.2
+
+
+def test_captions_say_what_the_labels_say() -> None:
+    pattern = re.compile(r"a (\w+) (\w+) (\w+) at the (\w+ \w+)")
+    for row, caption in enumerate(captions(SCENES)):
+        found = [(PLACES.index(p), SHAPES.index(s), list(COLORS).index(c), SIZES.index(z)) for z, c, s, p in pattern.findall(caption)]
+        wanted = [
+            (p, SCENES.shape[row, p], SCENES.color[row, p], SCENES.size[row, p]) for p in range(NUM_PLACES) if SCENES.shape[row, p] != EMPTY
+        ]
+        assert sorted(found) == wanted
+        assert found[0][0] == SCENES.first[row]
+        assert caption.endswith(f"on a {list(BACKGROUNDS)[SCENES.background[row]]} background")
+
+
+def test_labels_hold_every_attribute() -> None:
+    labels = SCENES.labels()
+    assert labels.shape == (NUM, 13) and labels.dtype == torch.int64
+    shape, color, size, bg = labels.split((4, 4, 4, 1), dim=1)
+    assert np.array_equal(shape.numpy(), SCENES.shape) and np.array_equal(color.numpy(), SCENES.color)
+    assert np.array_equal(size.numpy(), SCENES.size) and np.array_equal(bg[:, 0].numpy(), SCENES.background)
+
+
+def test_empty_places_show_the_background() -> None:
+    for row in range(NUM):
+        for place in range(NUM_PLACES):
+            if SCENES.shape[row, place] == EMPTY:
+                inside = quadrant(row, place)[:, 1:-1, 1:-1]  # a large triangle next door may touch the border
+                assert torch.equal(inside, background(SCENES, row)[:, None, None].expand_as(inside))
+
+
+def test_objects_have_the_colour_of_their_label() -> None:
+    palette = torch.tensor(list(COLORS.values()))
+    for row, place in objects():
+        pixels = quadrant(row, place).flatten(1).T
+        farthest = pixels[(pixels - background(SCENES, row)).norm(dim=1).argmax()]
+        assert int((palette - farthest).norm(dim=1).argmin()) == SCENES.color[row, place]
+
+
+def test_objects_cover_the_area_of_their_shape_and_size() -> None:
+    for row, place in objects():
+        shape, size = SHAPES[SCENES.shape[row, place]], SIZES[SCENES.size[row, place]]
+        radius = RADII[size] * (1 + 0.06 * SCENES.jitter[row, place, 2])
+        assert abs(float(coverage(row, place).sum()) / (AREAS[shape] * radius**2) - 1) < 0.17
+
+
+def test_only_rings_are_hollow_and_only_triangles_are_upright() -> None:
+    for row, place in objects():
+        mask = coverage(row, place).clamp(0, 1)
+        weights = mask / mask.sum()
+        axis = torch.arange(HALF) + 0.5
+        y, x = float((weights.sum(1) * axis).sum()), float((weights.sum(0) * axis).sum())
+        shape = SHAPES[SCENES.shape[row, place]]
+        hollow = float(mask[int(y), int(x)]) < 0.5
+        assert hollow == (shape == "ring")
+        skew = float((weights.sum(1) * (axis - y) ** 3).sum()) / float((weights.sum(1) * (axis - y) ** 2).sum()) ** 1.5
+        assert (skew < -0.25) == (shape == "triangle")
