@@ -159,7 +159,10 @@ def _config(cls: Any, cfg: TeacherConfig, subfolder: str | None = None) -> dict[
     try:
         return dict(cls.load_config(path, **options))
     except (OSError, ValueError) as error:
-        raise ValueError(f"teacher.path={cfg.path} is not a diffusers pipeline that can be read: {error}") from error
+        kind = (
+            "a directory with a diffusers pipeline" if Path(path).is_dir() else "a directory, nor a pipeline that can be read from the hub"
+        )
+        raise ValueError(f"teacher.path={cfg.path} is not {kind}: {error}") from error
 
 
 def _read_schedule(cfg: TeacherConfig) -> tuple[Schedule, PredictionType, str]:

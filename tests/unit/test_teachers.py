@@ -217,6 +217,11 @@ def test_a_path_that_is_no_pipeline_is_refused(sd15: Path, tmp_path: Path):
             inspect_teacher(config(path))
 
 
+def test_a_hub_id_that_cannot_be_read_is_refused():
+    with pytest.raises(ValueError, match=r"teacher.path=owner/name is not a directory, nor a pipeline that can be read from the hub"):
+        inspect_teacher(config("owner/name"))
+
+
 def test_the_wrong_family_is_refused_and_names_both(sd15: Path, sdxl: Path):
     with pytest.raises(ValueError, match=r"teacher.path=.*StableDiffusionPipeline, but teacher.family=sdxl"):
         load(sd15, "sdxl")
