@@ -27,6 +27,7 @@ from benchmarks.networks import Network, build_network, network_config, sd_sched
 from hyper_sd.config import Count, EngineConfig, LrSchedulerConfig, NonNegativeInt, OptimizerConfig, Positive, structured
 from hyper_sd.denoiser import Denoiser, Forward
 from hyper_sd.engine import Engine
+from hyper_sd.loop import update
 from hyper_sd.objective import Batch, Context, Objective
 from hyper_sd.randomness import Draws
 from hyper_sd.roles import LoraSpec, Roles
@@ -135,8 +136,7 @@ def measure(bench: Bench, engine: Engine, options: Options) -> tuple[list[float]
 
 
 def training_step(bench: Bench, engine: Engine, objective: Objective, index: int, batch: Batch) -> None:
-    engine.backward(objective.trains, objective.loss(batch, {}).value)
-    engine.step(objective.trains)
+    update(objective, [(batch, {})], engine)
     bench.stage.after_step(bench.ctx, index)
 
 
