@@ -188,7 +188,9 @@ def _explain(config_name: str, overrides: Sequence[str], search: list[str]) -> s
                 f"{override.input_line}: a list of values separated by commas needs -m (one run for each); "
                 f"for one value that contains commas write {override.key_or_group}=\"'...'\""
             )
-        if override.key_or_group in groups and not override.is_delete() and (message := _wrong_option(options, override)):
+        if override.key_or_group not in groups or override.is_delete() or _composes(config_name, override, search):
+            continue
+        if message := _wrong_option(options, override):
             return message
     chosen = [o.input_line for o in parsed if options(o.key_or_group)]
     try:
@@ -200,6 +202,15 @@ def _explain(config_name: str, overrides: Sequence[str], search: list[str]) -> s
         if not adds and not options(override.key_or_group) and (message := _wrong_key(cfg, override.key_or_group, groups)):
             return message
     return None
+
+
+def _composes(config_name: str, override: Override, search: list[str]) -> bool:
+    """Whether the override is right by itself: a command may take a name that is no file of the group."""
+    try:
+        hydra.compose(config_name, overrides=[*search, str(override.input_line)])
+    except (HydraException, OmegaConfBaseException):
+        return False
+    return True
 
 
 def _wrong_option(options_of: Callable[[str], list[str]], override: Override) -> str | None:

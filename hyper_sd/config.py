@@ -192,6 +192,17 @@ class RunConfig:
         return {name: stage for name, stage in self.stages.items() if self.only is None or name in self.only}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What scripts/export.py is told; the keys are explained in configs/export.yaml."""
+
+    run: str
+    stage: str | None
+    format: Literal["kohya", "diffusers"]
+    dtype: Literal["fp32", "fp16", "bf16"]
+    out: str | None
+
+
 _SHARED_STAGE_KEYS = ("optimizer", "lr_scheduler")  # top-level nodes that only stages refer to
 _PLAN_FIELDS = tuple(f.name for f in dataclasses.fields(StagePlan) if f.name not in ("name", "method"))
 

@@ -1,0 +1,172 @@
+"""Export: an adapter to a LoRA file that a stock diffusers pipeline has loaded and that was found to do what the training network does."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers.utils import logging
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from hyper_sd.config import TeacherConfig, structured
+from hyper_sd.denoiser import Forward
+from hyper_sd.guidance import Cond
+from hyper_sd.lora_file import DTYPES, LoraDtype, LoraFormat, inspect_lora, read_lora, save_lora
+from hyper_sd.lora_metadata import LoraInfo, SamplerRecipe
+from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.teachers import TeacherFacts, load_pipeline
+
+# Largest ||file - trained|| / ||trained|| of the UNet's output, by the coarser of the file's and the UNet's dtype.
+TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_OF_EFFECT = 0.05  # and, as a share of what the adapter changes at all: a young adapter that is not applied must not pass
+_SIDE, _TOKENS = 16, 8  # of the check's inputs: adapters do not depend on sizes, and a check at full size costs as much as a training step
+
+
+class LoraMismatch(ValueError):
+    """A written LoRA file does not do what the trained adapter does."""
+
+
+def lora_info(facts: TeacherFacts, *, stage: str, recipe: SamplerRecipe, extra: Mapping[str, str] | None = None) -> LoraInfo:
+    """What a LoRA trained on this teacher says about itself; `extra` holds further metadata such as ss_steps or ss_seed."""
+    return LoraInfo(
+        base_model=facts.name,
+        architecture=facts.architecture,
+        prediction=facts.prediction,
+        image_size=facts.image_size,
+        fingerprint=facts.fingerprint,
+        stage=stage,
+        recipe=recipe,
+        extra=extra or {},
+    )
+
+
+def export_lora(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    spec: LoraSpec,
+    info: LoraInfo,
+    *,
+    pipeline: Any,
+    trained: Forward,
+    format: LoraFormat = "kohya",
+    dtype: LoraDtype = "fp32",
+) -> float:
+    """Write a LoRA file, verify it (see `verify_lora`), and only then give it its name; returns the relative error."""
+    errors: list[float] = []
+    save_lora(path, tensors, spec, info, format=format, dtype=dtype, check=lambda file: errors.append(verify_lora(file, pipeline, trained)))
+    return errors[0]
+
+
+@torch.no_grad()
+def verify_lora(path: Path, pipeline: Any, trained: Forward) -> float:
+    """Load a LoRA file into a stock pipeline and compare the UNet's output with the training network's on four fixed inputs.
+
+    `trained(x_t, t, cond)` runs the training network under the exported role, on the pipeline's device. Returns the largest
+    ||file - trained|| / ||trained||; raises LoraMismatch if it exceeds TOLERANCE (1e-3 in float32) or, as far as rounding allows,
+    5 % of what the adapter changes in the output. The pipeline is given back without the LoRA, before `trained` is called.
+    """
+    with torch.backends.cudnn.flags(allow_tf32=False):  # its rounding is as large as the tolerance
+        return _verify(path, pipeline, trained)
+
+
+def _verify(path: Path, pipeline: Any, trained: Forward) -> float:
+    unet = pipeline.unet
+    inputs = _fixed_inputs(unet, pipeline.scheduler.config.num_train_timesteps)
+    base = _call(unet, *inputs)
+    num_modules = _load(pipeline, path)
+    try:
+        loaded = _call(unet, *inputs)
+    finally:
+        pipeline.unload_lora_weights()
+    expected = trained(*inputs).float()
+    header = inspect_lora(path, key="file")
+    if num_modules != len(header.modules):
+        raise LoraMismatch(f"a stock pipeline took up {num_modules} of the {len(header.modules)} modules in the LoRA file")
+    error, effect = _relative(loaded, expected), _relative(base, expected)
+    tolerance = max(TOLERANCE[DTYPES[header.dtype]], TOLERANCE[unet.dtype])
+    noise = tolerance / 10 if unet.dtype == torch.float32 else tolerance
+    allowed = min(tolerance, max(_OF_EFFECT * effect.max().item(), noise))
+    if not error.max().item() <= allowed:
+        raise LoraMismatch(
+            "the LoRA file does not do what the trained network does: in a stock pipeline the UNet's output is off by "
+            f"{error.max().item():.2e} of its norm, allowed are {allowed:.2e} ({header.format} keys, {header.dtype}, UNet in "
+            f"{unet.dtype}); the adapter changes it by {effect.max().item():.2e}"
+        )
+    return error.max().item()
+
+
+def export_run(run_dir: Path, *, stage: str | None, format: LoraFormat, dtype: LoraDtype, out: Path | None) -> tuple[Path, float]:
+    """Convert the LoRA of a run's stage (null: of the whole run) and verify it; returns the file and its relative error.
+
+    `out` null is a file beside the original, named after format and dtype. Raises ValueError, naming the key, before the
+    teacher is loaded.
+    """
+    source = _source(run_dir, stage)
+    header = inspect_lora(source, key="run")
+    out = out or source.with_name(f"lora_{format}_{dtype}.safetensors")
+    if out.suffix != ".safetensors" or out.resolve() == source.resolve():
+        raise ValueError(f"out={out} must be another file than the run's own {source}, with the suffix .safetensors")
+    if header.info is None:
+        raise ValueError(f"run={run_dir}: {source} was not written by a training run")
+    pipeline = load_pipeline(_teacher_config(run_dir))
+    file = read_lora(source, [path for path, _ in pipeline.unet.named_modules()], key="run")
+
+    def trained(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        roles = Roles(pipeline.unet, file.spec, ("exported",))
+        roles.load_state_dict("exported", file.tensors)
+        with roles.use(("exported",)):
+            return _call(pipeline.unet, x_t, t, cond)
+
+    return out, export_lora(out, file.tensors, file.spec, header.info, pipeline=pipeline, trained=trained, format=format, dtype=dtype)
+
+
+def _source(run_dir: Path, stage: str | None) -> Path:
+    source = (run_dir / stage if stage else run_dir) / "lora.safetensors"
+    if not source.is_file():
+        stages = sorted(file.parent.name for file in run_dir.glob("*/lora.safetensors"))
+        key = f"stage={stage}" if stage else f"run={run_dir}"
+        raise ValueError(f"{key}: there is no {source}; finished stages of this run: {', '.join(stages) or 'none'}")
+    return source
+
+
+def _teacher_config(run_dir: Path) -> TeacherConfig:
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"run={run_dir}: there is no {file}, which says what teacher the run was trained on")
+    return structured(TeacherConfig, yaml.safe_load(file.read_text())["teacher"], "teacher")
+
+
+def _load(pipeline: Any, path: Path) -> int:
+    """Load a LoRA into a pipeline; the number of modules that have taken it up."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else it warns, every time, that a UNet LoRA has nothing for the text encoder
+    try:
+        pipeline.load_lora_weights(str(path))
+    finally:
+        logging.set_verbosity(verbosity)
+    return sum(isinstance(module, LoraLayer) for module in pipeline.unet.modules())
+
+
+def _fixed_inputs(unet: Any, num_steps: int) -> tuple[Tensor, Tensor, Cond]:
+    """Four (x_t, t, cond) for any Stable Diffusion UNet, the same in every process; t spreads over the whole range."""
+    config, generator = unet.config, torch.Generator().manual_seed(0)
+    t = torch.linspace(0, num_steps - 1, 4).long()
+    x_t = torch.randn(4, config.in_channels, _SIDE, _SIDE, generator=generator)
+    cond = [torch.randn(4, _TOKENS, config.cross_attention_dim, generator=generator)]
+    if config.addition_embed_type == "text_time":  # SDXL
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        cond += [torch.randn(4, pooled, generator=generator), torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(4, 1)]
+    return x_t.to(unet.device), t.to(unet.device), tuple(c.to(unet.device) for c in cond)
+
+
+def _call(unet: Any, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    text, *added = (c.to(unet.dtype) for c in cond)
+    added_cond = {"text_embeds": added[0], "time_ids": added[1]} if added else None
+    return unet(x_t.to(unet.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added_cond).sample.float()
+
+
+def _relative(value: Tensor, reference: Tensor) -> Tensor:
+    """||value - reference|| / ||reference|| by input, shape (B,)."""
+    return (value - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)

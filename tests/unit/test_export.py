@@ -1,0 +1,449 @@
+"""LoRA files: what is written is what a stock pipeline does with it, and what is not a fitting LoRA is refused."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hyper_sd.config import TeacherConfig, TeacherGuidanceConfig
+from hyper_sd.export import LoraMismatch, export_lora, export_run, lora_info, verify_lora
+from hyper_sd.lora_file import LoraDtype, LoraFormat, inspect_lora, read_lora, save_lora
+from hyper_sd.lora_metadata import LoraInfo, SamplerRecipe
+from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.teachers import Teacher, inspect_teacher, load_pipeline, load_teacher
+from tests.tiny import tiny_sd15, tiny_sdxl
+
+ROOT = Path(__file__).parents[2]
+SPEC = LoraSpec(rank=4, alpha=3.0)
+RECIPE: SamplerRecipe = {
+    "1": {
+        "scheduler": "LCMScheduler",
+        "config": {"num_train_timesteps": 1000, "trained_betas": None},
+        "eta": None,
+        "guidance_scale": 1.0,
+        "timesteps": [899],
+    },
+    "4": {
+        "scheduler": "TCDScheduler",
+        "config": {"num_train_timesteps": 1000, "original_inference_steps": 40},
+        "eta": 0.3,
+        "guidance_scale": 1.0,
+        "timesteps": None,
+    },
+}
+
+
+@dataclass
+class Trained:
+    """A tiny teacher with a trained-looking adapter, and a stock pipeline of it."""
+
+    cfg: TeacherConfig
+    teacher: Teacher
+    roles: Roles
+    pipeline: Any
+
+    @property
+    def info(self) -> LoraInfo:
+        return lora_info(self.teacher.facts, stage="tscd_4", recipe=RECIPE, extra={"ss_steps": "150", "ss_seed": "7"})
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return self.roles.state_dict("student")
+
+    @property
+    def modules(self) -> list[str]:
+        return [path for path, _ in self.pipeline.unet.named_modules()]
+
+    def export(self, path: Path, format: LoraFormat = "kohya", dtype: LoraDtype = "fp32") -> float:
+        with self.roles.use(("student",)):
+            return export_lora(
+                path,
+                self.tensors,
+                self.roles.spec,
+                self.info,
+                pipeline=self.pipeline,
+                trained=self.teacher.forward,
+                format=format,
+                dtype=dtype,
+            )
+
+    def verify(self, path: Path) -> float:
+        with self.roles.use(("student",)):
+            return verify_lora(path, self.pipeline, self.teacher.forward)
+
+
+def train(family: str, path: Path, spec: LoraSpec = SPEC, size: float = 0.3) -> Trained:
+    guidance = TeacherGuidanceConfig(min=4, max=8)
+    cfg = TeacherConfig(family=cast("Any", family), path=str(path), guidance=guidance)
+    teacher = load_teacher(cfg, torch.device("cpu"), torch.float32)
+    roles = Roles(teacher.net, spec, ("student",))
+    randomise(roles, size)
+    return Trained(cfg, teacher, roles, load_pipeline(cfg))
+
+
+@torch.no_grad()
+def randomise(roles: Roles, size: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for name, value in roles.tensors("student").items():
+        if ".lora_B." in name:
+            value.copy_(torch.randn(value.shape, generator=generator) * size)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("pipelines")
+    return {"sd15": tiny_sd15(root / "sd15"), "sdxl": tiny_sdxl(root / "sdxl")}
+
+
+@pytest.fixture(scope="module")
+def families(paths: dict[str, Path]) -> dict[str, Trained]:
+    return {family: train(family, path) for family, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def sd15(families: dict[str, Trained]) -> Trained:
+    return families["sd15"]
+
+
+@pytest.fixture
+def written(sd15: Trained, tmp_path: Path) -> Path:
+    save_lora(tmp_path / "lora.safetensors", sd15.tensors, SPEC, sd15.info)
+    return tmp_path / "lora.safetensors"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+@pytest.mark.parametrize(("dtype", "bound"), [("fp32", 1e-5), ("fp16", 2e-3), ("bf16", 2e-2)])
+def test_round_trip(families: dict[str, Trained], family: str, format: LoraFormat, dtype: LoraDtype, bound: float, tmp_path: Path) -> None:
+    """A stock pipeline does with the file what the training network does, and reading it gives back the tensors."""
+    trained, path = families[family], tmp_path / "lora.safetensors"
+    assert trained.export(path, format, dtype) <= bound
+
+    header = inspect_lora(path)
+    assert (header.format, header.dtype, header.rank) == (format, dtype, 4)
+    file = read_lora(path, trained.modules, spec=SPEC, fingerprint=trained.teacher.fingerprint)
+    assert file.tensors.keys() == trained.tensors.keys()
+    tolerance = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}[dtype]
+    for name, value in trained.tensors.items():
+        assert file.tensors[name].dtype == torch.float32
+        torch.testing.assert_close(file.tensors[name], value, rtol=tolerance, atol=1e-7 if tolerance else 0.0)
+
+
+def test_the_pipeline_is_given_back_without_the_lora(sd15: Trained, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in sd15.pipeline.unet.state_dict().items()}
+    sd15.export(tmp_path / "lora.safetensors")
+    after = sd15.pipeline.unet.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_kohya_layout(sd15: Trained, written: Path) -> None:
+    tensors = load_file(written)
+    paths = {name.removesuffix(".lora_A.weight") for name in sd15.tensors if ".lora_A." in name}
+    names = {"lora_unet_" + path.replace(".", "_") for path in paths}
+    assert tensors.keys() == {f"{name}.{part}" for name in names for part in ("lora_down.weight", "lora_up.weight", "alpha")}
+    for name, value in tensors.items():
+        if name.endswith(".alpha"):
+            assert value.shape == () and value.dtype == torch.float32 and value.item() == 3.0
+
+
+def test_diffusers_layout(sd15: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, sd15.tensors, SPEC, sd15.info, format="diffusers")
+    assert load_file(path).keys() == {f"unet.{name}" for name in sd15.tensors}
+    config = json.loads(inspect_lora(path).metadata["lora_adapter_metadata"])
+    assert (config["unet.r"], config["unet.lora_alpha"]) == (4, 3.0)
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_metadata(sd15: Trained, format: LoraFormat, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, sd15.tensors, SPEC, sd15.info, format=format)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["hyper_sd.sampler"]) == RECIPE
+    expected = {
+        "hyper_sd.base_model": sd15.cfg.path,
+        "hyper_sd.stage": "tscd_4",
+        "hyper_sd.rank": "4",
+        "hyper_sd.alpha": "3.0",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "3.0",
+        "ss_steps": "150",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.resolution": "32x32",
+    }
+    assert {key: metadata.get(key) for key in expected} == expected
+    assert "4 steps: TCDScheduler, guidance_scale 1, eta 0.3" in metadata["modelspec.usage_hint"]
+    header = inspect_lora(path)
+    assert header.info == sd15.info
+    assert header.targets == SPEC.targets
+
+
+def test_equal_contents_are_equal_bytes(sd15: Trained, written: Path, tmp_path: Path) -> None:
+    for number in range(4):  # the order of safetensors' metadata changes from call to call
+        save_lora(tmp_path / f"{number}.safetensors", sd15.tensors, SPEC, sd15.info)
+        assert (tmp_path / f"{number}.safetensors").read_bytes() == written.read_bytes()
+
+
+@pytest.mark.parametrize("format", ["kohya", "diffusers"])
+def test_a_file_of_another_alpha_is_rescaled_to_the_specs(sd15: Trained, format: LoraFormat, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_lora(path, sd15.tensors, SPEC, sd15.info, format=format)
+    own = read_lora(path, sd15.modules)
+    assert own.spec == SPEC
+    other = read_lora(path, sd15.modules, spec=LoraSpec(rank=4, alpha=12.0))
+    assert other.spec.alpha == 12.0
+    for name, value in sd15.tensors.items():
+        assert torch.equal(own.tensors[name], value)
+        assert torch.equal(other.tensors[name], value / 4 if ".lora_B." in name else value)
+
+
+def test_a_foreign_file_without_alpha_has_scale_one(sd15: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.safetensors"
+    save_file({f"unet.{name}": value for name, value in sd15.tensors.items()}, path)
+    file = read_lora(path, sd15.modules)
+    assert (file.spec.rank, file.spec.alpha, file.header.info) == (4, 4.0, None)
+
+
+# ---- a file that does not do what the network does ------------------------------------------------------------------------
+
+
+def edited(path: Path, edit: Callable[[str, Tensor], Tensor]) -> Path:
+    metadata = dict(inspect_lora(path).metadata)
+    save_file({name: edit(name, value) for name, value in load_file(path).items()}, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize("size", [0.3, 1e-3], ids=["grown", "young"])
+def test_a_wrong_alpha_is_found(paths: dict[str, Path], size: float, tmp_path: Path) -> None:
+    """Also when the adapter is so young that leaving it out would change the output by less than the tolerance."""
+    trained, path = train("sd15", paths["sd15"], size=size), tmp_path / "lora.safetensors"
+    assert trained.export(path) <= 1e-5
+    edited(path, lambda name, value: torch.tensor(4.0) if name.endswith(".alpha") else value)
+    with pytest.raises(LoraMismatch, match="does not do what the trained network does"):
+        trained.verify(path)
+
+
+def test_one_wrong_module_is_found(sd15: Trained, written: Path) -> None:
+    name = "lora_unet_mid_block_resnets_0_conv1.lora_up.weight"
+    edited(written, lambda key, value: 2 * value if key == name else value)
+    with pytest.raises(LoraMismatch):
+        sd15.verify(written)
+
+
+def test_a_mismatch_leaves_the_old_file(sd15: Trained, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(LoraMismatch):  # the network is asked as the teacher, not as the exported role
+        export_lora(path, sd15.tensors, SPEC, sd15.info, pipeline=sd15.pipeline, trained=sd15.teacher.forward)
+    assert path.read_bytes() == b"old"
+    assert [file.name for file in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor(float("nan")), "non-finite.*diverged"),
+        (torch.tensor(1e6), "overflows dtype=fp16"),
+    ],
+)
+def test_non_finite_tensors_are_refused(sd15: Trained, value: Tensor, message: str, tmp_path: Path) -> None:
+    tensors = sd15.tensors
+    name = next(iter(tensors))
+    tensors[name][0, 0] = value
+    with pytest.raises(ValueError, match=message):
+        save_lora(tmp_path / "lora.safetensors", tensors, SPEC, sd15.info, dtype="fp16")
+    assert not list(tmp_path.iterdir())
+
+
+def test_empty_tensors_are_refused(sd15: Trained, tmp_path: Path) -> None:
+    tensors = sd15.tensors
+    name = next(iter(tensors))
+    tensors[name] = torch.empty(0)
+    with pytest.raises(ValueError, match=f"empty tensor: {name}"):
+        save_lora(tmp_path / "lora.safetensors", tensors, SPEC, sd15.info)
+
+
+def test_half_an_adapter_is_refused(sd15: Trained, tmp_path: Path) -> None:
+    tensors = sd15.tensors
+    tensors.pop(next(iter(tensors)))
+    with pytest.raises(ValueError, match="not an adapter"):
+        save_lora(tmp_path / "lora.safetensors", tensors, SPEC, sd15.info)
+
+
+def test_tensors_of_another_rank_are_refused(sd15: Trained, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected lora\.rank=8"):
+        save_lora(tmp_path / "lora.safetensors", sd15.tensors, LoraSpec(rank=8), sd15.info)
+
+
+def test_an_unwritable_place_is_refused(sd15: Trained, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written.*choose another out .* or run\.dir"):
+        save_lora(tmp_path / "file" / "lora.safetensors", sd15.tensors, SPEC, sd15.info)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"init=.*none\.safetensors: there is no such file"):
+        inspect_lora(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_a_truncated_file_is_refused(written: Path, keep: int) -> None:
+    written.write_bytes(written.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"init=.*not a whole safetensors file"):
+        inspect_lora(written)
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    torch.save({"unet.a.lora_A.weight": torch.ones(1, 1)}, path)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        inspect_lora(path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"unet.conv_in.weight": (4, 4)}, "no part of a UNet LoRA"),
+        ({"lora_te_text_model.lora_down.weight": (4, 4)}, "no part of a UNet LoRA"),
+        ({"unet.a.lora_A.weight": (4, 4)}, "a has no lora_B"),
+        (
+            {
+                "unet.a.lora_A.weight": (4, 4),
+                "unet.a.lora_B.weight": (4, 4),
+                "unet.b.lora_A.weight": (2, 4),
+                "unet.b.lora_B.weight": (4, 2),
+            },
+            "ranks",
+        ),
+        ({}, "no tensors"),
+    ],
+)
+def test_what_is_no_lora_is_refused(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
+    with pytest.raises(ValueError, match=message):
+        inspect_lora(path)
+
+
+def test_another_rank_is_refused(sd15: Trained, written: Path) -> None:
+    with pytest.raises(ValueError, match=r"init=.*has rank 4 but lora\.rank=8; set lora\.rank=4"):
+        read_lora(written, sd15.modules, spec=LoraSpec(rank=8))
+
+
+def test_another_base_model_is_refused(sd15: Trained, written: Path, paths: dict[str, Path]) -> None:
+    other = inspect_teacher(replace(sd15.cfg, family="sdxl", path=str(paths["sdxl"])))
+    with pytest.raises(ValueError, match=r"init=.*trained on another base model.*set teacher\.path"):
+        read_lora(written, sd15.modules, fingerprint=other.fingerprint)
+
+
+def test_modules_the_network_does_not_have_are_refused(written: Path, families: dict[str, Trained]) -> None:
+    with pytest.raises(ValueError, match=r"init=.*does not fit the network.*teacher\.path"):
+        read_lora(written, [path for path in families["sd15"].modules if "resnets.0" not in path])
+
+
+def test_damaged_metadata_is_refused(sd15: Trained, written: Path) -> None:
+    metadata = {**inspect_lora(written).metadata, "hyper_sd.sampler": '{"4": {"scheduler": "TCDScheduler"}}'}
+    save_file(load_file(written), written, metadata=metadata)
+    with pytest.raises(ValueError, match=r"init=.*metadata is damaged.*hyper_sd\.sampler"):
+        inspect_lora(written)
+
+
+# ---- export of a run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(sd15: Trained, tmp_path: Path) -> Path:
+    return make_run(sd15, tmp_path)
+
+
+def make_run(trained: Trained, path: Path) -> Path:
+    """A finished run's directory, as far as the export reads it."""
+    teacher = {"family": trained.cfg.family, "path": trained.cfg.path, "guidance": {"min": 4, "max": 8}}
+    (path / "config.yaml").write_text(json.dumps({"teacher": teacher}))  # json is yaml
+    for file in (path / "lora.safetensors", path / "tscd_4" / "lora.safetensors"):
+        save_lora(file, trained.tensors, SPEC, trained.info)
+    return path
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_export_of_a_stage(families: dict[str, Trained], family: str, tmp_path: Path) -> None:
+    run = make_run(families[family], tmp_path)
+    out, error = export_run(run, stage="tscd_4", format="diffusers", dtype="fp16", out=run / "elsewhere" / "small.safetensors")
+    assert out == run / "elsewhere" / "small.safetensors"
+    assert error <= 2e-3
+    source, exported = inspect_lora(run / "tscd_4" / "lora.safetensors"), inspect_lora(out)
+    assert (exported.format, exported.dtype, exported.rank) == ("diffusers", "fp16", 4)
+    assert (exported.info, exported.targets) == (source.info, source.targets)
+
+
+def test_export_of_a_run_without_a_stage_or_an_out(run: Path) -> None:
+    out, error = export_run(run, stage=None, format="kohya", dtype="fp32", out=None)
+    assert out == run / "lora_kohya_fp32.safetensors"
+    assert error <= 1e-5
+    assert out.read_bytes() == (run / "lora.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("stage", "out", "message"),
+    [
+        ("tscd_9", None, "stage=tscd_9: there is no .*; finished stages of this run: tscd_4"),
+        (None, "lora.safetensors", "out=.* must be another file"),
+        (None, "lora.ckpt", r"out=.*suffix \.safetensors"),
+    ],
+)
+def test_export_refusals(run: Path, stage: str | None, out: str | None, message: str) -> None:
+    before = sorted(path.name for path in run.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        export_run(run, stage=stage, format="kohya", dtype="fp16", out=run / out if out else None)
+    assert sorted(path.name for path in run.rglob("*")) == before
+
+
+def test_export_of_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"run=.*finished stages of this run: none"):
+        export_run(tmp_path, stage=None, format="kohya", dtype="fp16", out=None)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "scripts/export.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow
+def test_the_command(run: Path) -> None:
+    done = command(f"run={run}", "stage=tscd_4", "format=diffusers", "dtype=bf16", f"out={run / 'out.safetensors'}")
+    assert done.returncode == 0, done.stderr
+    header = inspect_lora(run / "out.safetensors")
+    assert (header.format, header.dtype) == ("diffusers", "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: run: must be set"),
+        (["run=x", "format=pickle"], "error: format: got 'pickle' (str), expected one of kohya, diffusers"),
+    ],
+)
+def test_the_command_refuses(arguments: list[str], message: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
