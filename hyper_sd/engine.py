@@ -5,8 +5,8 @@ The network is never wrapped. Data parallelism is one mean over processes of the
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
+from hyper_sd.denoiser import Forward
 from hyper_sd.guidance import Cond
 from hyper_sd.roles import Role
 
@@ -78,16 +79,18 @@ class Engine:
         offsets = range(self.rank * size, batch_size, self.world_size * size)
         return [range(start + offset, start + offset + size) for offset in offsets]
 
-    def forward(self, forward: Callable[[Tensor, Tensor, Cond], Tensor], dtype: torch.dtype) -> Callable[[Tensor, Tensor, Cond], Tensor]:
-        """The network call in the base's dtype: below float32, float32 adapters compute in it too (autocast) and stay float32."""
-        if dtype == torch.float32:
-            return forward
+    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
+        """Compute in the base's dtype: below float32, the float32 adapters take part in it and stay float32 themselves."""
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
-        def in_low_precision(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            with torch.autocast(self.device.type, dtype):
+    def forward(self, forward: Forward, dtype: torch.dtype) -> Forward:
+        """The network call under `autocast`."""
+
+        def in_precision(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            with self.autocast(dtype):
                 return forward(x_t, t, cond)
 
-        return in_low_precision
+        return in_precision
 
     def train(
         self, role: Role, params: Mapping[str, nn.Parameter], optimizer: OptimizerConfig, schedule: LrSchedulerConfig, num_updates: int
@@ -168,7 +171,10 @@ class Engine:
                     **{m: tensors[f"{key}/{m}/{name}"].to(param.device) for m in ("exp_avg", "exp_avg_sq")},
                 }
             trained.scheduler.last_epoch = trained.updates
-            rates = [base * factor(trained.updates) for base, factor in zip(trained.scheduler.base_lrs, trained.scheduler.lr_lambdas, strict=True)]
+            rates = [
+                base * factor(trained.updates)
+                for base, factor in zip(trained.scheduler.base_lrs, trained.scheduler.lr_lambdas, strict=True)
+            ]
             for group, rate in zip(trained.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             trained.scheduler._last_lr = rates

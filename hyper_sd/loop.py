@@ -145,7 +145,9 @@ class Meter:
         self._job, self._engine, self._logged = job, engine, start
         self._sums: dict[str, list[Tensor]] = {}
         self._since = time.monotonic()
-        self._bar = tqdm(total=job.plan.max_steps, initial=start, desc=job.plan.name, unit="step", disable=not engine.is_main, mininterval=1)
+        self._bar = tqdm(
+            total=job.plan.max_steps, initial=start, desc=job.plan.name, unit="step", disable=not engine.is_main, mininterval=1
+        )
 
     def add(self, role: Role, logs: dict[str, Tensor]) -> None:
         for name, value in logs.items():
@@ -220,5 +222,3 @@ def _restore(job: Job, engine: Engine) -> int:
         job.context.roles.load_state_dict(adapter, tensors)
     engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)
     return checkpoint.step
-
-

@@ -66,6 +66,16 @@ class Stage(Protocol):
         """The adapter that is exported and handed on."""
         ...
 
+    @property
+    def segments(self) -> int:
+        """The exported adapter jumps from edge to edge of so many segments."""
+        ...
+
+    @property
+    def solver_steps(self) -> int:
+        """The points of the time grid it was trained on, which samplers must use."""
+        ...
+
     def check(self, num_steps: int) -> None:
         """Raise ValueError, naming the key, if the stage cannot run on a teacher with this many steps. Needs no weights."""
         ...

@@ -16,7 +16,7 @@ from tools.embedded_teacher.vae import LATENT_CHANNELS, encode_scenes
 
 SEED = 31
 BATCH = 64
-BANK = 128 * 1024  # scenes encoded once, before training
+BANK = 48 * 1024  # scenes encoded once, before training
 CAPTION_DROPOUT = 0.1
 
 
@@ -70,8 +70,8 @@ def train_unet(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPT
 
 def _bank(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
     latents, ids = [], []
-    for start in range(0, BANK, 512):
-        index = np.arange(start, start + 512)
+    for start in range(0, BANK, 64):
+        index = np.arange(start, start + 64)
         latents.append(encode_scenes(vae, SEED, index).half())
         ids.append(tokenize(tokenizer, captions(sample_scenes(SEED, index))))
     return torch.cat(latents), torch.cat(ids)

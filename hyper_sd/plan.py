@@ -1,0 +1,196 @@
+"""A run: the stages of the plan one after the other, the adapter handed on from each to the next, then the report."""
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hyper_sd.config import RunConfig, build_target
+from hyper_sd.data.base import Source, build_source
+from hyper_sd.denoiser import Denoiser
+from hyper_sd.engine import Engine, StopSignal
+from hyper_sd.evaluate import evaluate_run
+from hyper_sd.export import export_lora, lora_info
+from hyper_sd.lora_file import DTYPES, inspect_lora, read_lora
+from hyper_sd.loop import Feed, Job, fit
+from hyper_sd.measure import NUM_GRID, make_draw
+from hyper_sd.objective import Context, Stage
+from hyper_sd.observe import Recorder
+from hyper_sd.report import table
+from hyper_sd.report import write as write_report
+from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.run_folder import RunFolder
+from hyper_sd.sample import Recipe, recipe_to_json, stage_recipe
+from hyper_sd.teachers import Teacher, TeacherFacts, inspect_teacher, load_pipeline, load_teacher
+
+LORA = "lora.safetensors"
+
+
+def run_plan(config: RunConfig) -> None:
+    """Train every stage that is not finished, export each, evaluate. Everything that can be refused is refused before weights load."""
+    facts = inspect_teacher(config.teacher)
+    stages = check_plan(config, facts)
+    engine = Engine(config.engine)
+    for plan in config.selected.values():
+        engine.micro_batches(plan.batch_size, start=0)
+    source = build_source(config.data, seed=config.seed, image_size=facts.image_size)
+    folder = RunFolder(config)
+    engine.barrier()  # every process has looked at the directory before one writes to it
+    if engine.is_main:
+        folder.create(config)
+    with StopSignal().caught() as stop:
+        run = Run(config, facts, stages, engine, source, folder)
+        finished = run.train(stop)
+    run_facts = engine.facts
+    engine.close()
+    if engine.is_main and finished:
+        run.evaluate(run_facts)
+        folder.write_status("finished", engine=run_facts)
+    elif engine.is_main:
+        folder.write_status("interrupted", signal=stop.received, engine=run_facts)
+        print(f"\nstopped by {stop.received}; everything is saved. {folder.path / 'run.json'} says what to type to go on", flush=True)
+
+
+def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
+    """The selected stages' mathematics. Raises ValueError, naming the key, for anything that cannot run on this teacher."""
+    facts.schedule.check(facts.prediction)
+    stages = {name: build_target(plan.method, plan.key) for name, plan in config.selected.items()}
+    for name, stage in stages.items():
+        try:
+            stage.check(facts.schedule.num_steps)
+        except ValueError as error:
+            raise ValueError(str(error).replace("stage.", f"{config.stages[name].key}.")) from None
+    if config.init is not None:
+        header = inspect_lora(Path(config.init), key="init")
+        header.require_rank(config.lora.rank)
+        header.require_base(facts.fingerprint)
+    return stages
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked plan with its engine, data and directory."""
+
+    config: RunConfig
+    facts: TeacherFacts
+    stages: Mapping[str, Stage]
+    engine: Engine
+    source: Source
+    folder: RunFolder
+
+    @cached_property
+    def spec(self) -> LoraSpec:
+        lora = self.config.lora
+        return LoraSpec(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        return load_teacher(self.config.teacher, self.engine.device, base_dtype(self.config, self.engine.device))
+
+    @cached_property
+    def context(self) -> Context:
+        """The teacher's network with every adapter that any stage needs."""
+        adapters = dict.fromkeys(adapter for stage in self.stages.values() for adapter in stage.adapters)
+        roles = Roles(self.teacher.net, self.spec, tuple(adapters), seed=self.config.seed)
+        if self.config.engine.gradient_checkpointing:
+            roles.enable_gradient_checkpointing()
+        forward = self.engine.forward(self.teacher.forward, self.teacher.dtype)
+        return Context(Denoiser(forward, roles, self.teacher.schedule, self.teacher.prediction), roles)
+
+    @cached_property
+    def stock_pipeline(self) -> Any:
+        """What exports are checked in."""
+        return load_pipeline(self.config.teacher, self.teacher.dtype)
+
+    def train(self, stop: StopSignal) -> bool:
+        """Returns False if a stop signal came before the last stage was finished."""
+        handed = Path(self.config.init) if self.config.init is not None else None
+        feed = Feed(self.source, self.teacher, self.config.seed)
+        draw = make_draw(self.config.eval, 0, NUM_GRID, self.source)
+        recorder = Recorder(self.config, self.engine, self.folder, self.teacher, self.sampler, draw)
+        first_step = first_position = 0
+        for name, plan in self.config.selected.items():
+            folder = self.folder.path / name
+            if not (folder / LORA).exists():
+                self._start_from(handed, self.stages[name])
+                job = Job(self.stages[name], plan, self.context, feed, folder, first_step, first_position)
+                if not fit(job, self.engine, stop, recorder):
+                    return False
+                if self.engine.is_main:
+                    self._export(name)
+                self.engine.barrier()
+            handed = folder / LORA
+            first_step += plan.max_steps
+            first_position += plan.max_steps * plan.batch_size
+        recorder.close()
+        assert handed is not None
+        if self.engine.is_main:
+            partial = self.folder.path / f".{LORA}"
+            shutil.copyfile(handed, partial)
+            partial.replace(self.folder.path / LORA)
+        return True
+
+    def _start_from(self, handed: Path | None, stage: Stage) -> None:
+        if handed is None:
+            return  # the adapters are fresh
+        names = [path for path, _ in self.teacher.net.named_modules()]
+        file = read_lora(handed, names, spec=self.spec, fingerprint=self.facts.fingerprint)
+        for adapter in stage.adapters:
+            self.context.roles.load_state_dict(adapter, file.tensors)
+
+    def _export(self, name: str) -> None:
+        stage, plan, roles = self.stages[name], self.config.stages[name], self.context.roles
+        extra = {"ss_steps": str(plan.max_steps), "ss_learning_rate": str(plan.optimizer.lr), "ss_seed": str(self.config.seed)}
+        info = lora_info(self.facts, stage=name, recipe=recipe_to_json(self.sampler(name)), extra=extra)
+        error = export_lora(
+            self.folder.path / name / LORA,
+            roles.state_dict(stage.exports),
+            self.spec,
+            info,
+            pipeline=self.stock_pipeline,
+            trained=self._trained(stage),
+        )
+        print(f"{name}: exported and checked in a stock pipeline, relative error {error:.1e}", flush=True)
+
+    def _trained(self, stage: Stage) -> Callable[..., torch.Tensor]:
+        """The training network under the exported adapter, called with and answering on the CPU."""
+        teacher, role = self.teacher, (stage.exports,)
+
+        def forward(x_t: torch.Tensor, t: torch.Tensor, cond: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            with self.context.roles.use(role):
+                moved = tuple(part.to(teacher.device) for part in cond)
+                return teacher.forward(x_t.to(teacher.device), t.to(teacher.device), moved).cpu()
+
+        return forward
+
+    def sampler(self, name: str) -> Recipe:
+        """How the adapter of a stage is sampled."""
+        stage, base = self.stages[name], self.teacher.pipeline.scheduler.config
+        return stage_recipe(
+            base, segments=stage.segments, solver_steps=stage.solver_steps, eta=self.config.eval.eta, start=self.config.eval.start
+        )
+
+    def evaluate(self, engine_facts: dict[str, Any]) -> None:
+        """Measure the run's files and write the report."""
+        if self.config.eval.prompts == 0:
+            return
+        evaluation = evaluate_run(self.config, self.source)
+        facts = {
+            "engine": engine_facts,
+            "resumed_from": self.folder.resumed_from,
+            "wall_s": round(self.folder.wall_s, 1),
+            "peak_rss_bytes": self.folder.peak_rss_bytes,
+        }
+        report = write_report(self.folder.path, evaluation.to_json(), evaluation.grids(), facts)
+        print(table(report), flush=True)
+
+
+def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """teacher.dtype; auto is bf16 where the device computes in it, else fp32."""
+    if config.teacher.dtype != "auto":
+        return DTYPES[config.teacher.dtype]
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

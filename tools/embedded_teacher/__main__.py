@@ -1,0 +1,58 @@
+"""Rebuild the embedded teacher and the judge on a CPU: `python -m tools.embedded_teacher`.
+
+About three hours on one core. Every part goes on from its own last save after any stop; delete the work directory to start anew.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tools.embedded_teacher.judge import measure_judge, train_judge
+from tools.embedded_teacher.measure import measure_teacher
+from tools.embedded_teacher.text import train_text_encoder, write_tokenizer
+from tools.embedded_teacher.unet import noise_schedule, train_unet
+from tools.embedded_teacher.vae import psnr, train_vae
+
+STEPS = {"vae": 2600, "text": 1200, "judge": 2200, "unet": 7000}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=Path, default=Path("outputs/embedded_teacher"))
+    parser.add_argument("--out", type=Path, default=Path("assets"))
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    vae = train_vae(args.workdir, STEPS["vae"])
+    tokenizer = write_tokenizer(args.workdir / "tokenizer")
+    text_encoder = train_text_encoder(tokenizer, args.workdir, STEPS["text"])
+    judge = train_judge(args.workdir, STEPS["judge"])
+    judge.save(args.out / "judge", {**measure_judge(judge), "steps": STEPS["judge"]})
+    unet = train_unet(vae, text_encoder, tokenizer, args.workdir, STEPS["unet"])
+    save_pipeline(args.out / "teacher", vae, text_encoder, tokenizer, unet)
+    figures = {"vae_psnr_db": psnr(vae), "steps": STEPS, **measure_teacher(args.out)}
+    (args.out / "teacher" / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures, indent=2))
+
+
+def save_pipeline(path: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel) -> None:
+    """Write a StableDiffusionPipeline directory with float16 weights."""
+    scheduler = DDIMScheduler.from_config(noise_schedule().config, timestep_spacing="trailing", set_alpha_to_one=False)
+    StableDiffusionPipeline(
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(path)
+
+
+if __name__ == "__main__":
+    main()
