@@ -2,7 +2,7 @@
 #
 #   PYTHON=python3.12       the interpreter that the environment is made from (3.11 or newer)
 #   VENV=/somewhere/venv    where the environment lives
-#   TORCH_INDEX=https://download.pytorch.org/whl/cpu    take torch from another index, e.g. the one of the CPU builds
+#   TORCH_INDEX=https://download.pytorch.org/whl/cpu    look for torch there too; its build 2.13.0+cpu goes before 2.13.0
 #   ARGS="key=value ..."    overrides for demo and evaluate, options for pytest in test
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test evaluate check fix clean install
 .DEFAULT_GOAL := demo
@@ -37,11 +37,11 @@ fix: $(STAMP)
 
 install: $(STAMP)
 
-# torch first: it may come from an index of its own, and the later install then finds it in place.
+# torch alone first: its build is then settled, whatever the rest asks for.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(INSTALL) torch
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 

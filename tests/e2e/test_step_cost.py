@@ -1,0 +1,37 @@
+"""The benchmark of a step's cost runs as the documentation says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.step_cost import parse
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_last_line_is_the_result() -> None:
+    options = ["stage=tscd", "batch_size=2", "rank=4", "threads=1", "warmup=0", "steps=3", "peak_tflops=1"]
+    command = [sys.executable, "benchmarks/step_cost.py", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ratio"] == result["step_s"] / result["bare_s"] > 0
+    assert result["samples_per_s"] == 2 / result["step_s"]
+    assert 2**27 < result["peak_memory_bytes"] < 2**33
+    assert result["mfu"] == result["flops_per_step"] / result["step_s"] / 1e12 > 0
+
+
+def test_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="steeps: unknown key; did you mean steps"):
+        parse(["steeps=3"])
+
+
+def test_values_are_typed() -> None:
+    options = parse(["teacher=sdxl_random", "compile=true", "peak_tflops=989"])
+    assert (options.teacher, options.compile, options.peak_tflops) == ("sdxl_random", True, 989.0)
+    with pytest.raises(ValueError, match="steps"):
+        parse(["steps=0"])
