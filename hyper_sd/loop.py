@@ -35,6 +35,7 @@ class Feed:
     def batch(self, samples: Samples, positions: Sequence[int], step: int) -> Batch:
         device = self.teacher.device
         if samples.latents is not None:
+            self._check_latents(samples.latents)
             x0 = samples.latents.to(device)
         else:
             assert samples.images is not None, "a sample is an image or a latent"
@@ -42,6 +43,13 @@ class Feed:
         encoded = samples.conds if samples.conds is not None else self.teacher.encode_prompts(samples.captions)
         cond = tuple(part.to(device) for part in encoded)
         return Batch(x0, cond, self.teacher.uncond(len(positions)), Draws(self.seed, step, tuple(positions)))
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.shape[1:] != self.teacher.latent_shape:
+            raise ValueError(
+                f"data.path holds latents of shape {tuple(latents.shape[1:])}, but this teacher's are {self.teacher.latent_shape}; "
+                "they were prepared for another teacher or image size: change data.path, teacher.path or teacher.image_size"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,9 +85,8 @@ def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
     _start_optimizers(job, engine, objectives)
     start = _restore(job, engine)
     observer.started(job, start)
-    meter = Meter(job, engine, start)
     saver = Saver(job, engine)
-    with Prefetcher(job, engine, start) as prefetcher:
+    with Prefetcher(job, engine, start) as prefetcher, Meter(job, engine, start) as meter:
         for step in range(start, job.plan.max_steps):
             micro_batches = prefetcher.take(step)
             for objective in objectives:
@@ -94,7 +101,6 @@ def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
             saver.save_if_due(done, force=stopped or done == job.plan.max_steps)
             if stopped and done < job.plan.max_steps:
                 return False
-    meter.close()
     return True
 
 
@@ -170,7 +176,10 @@ class Meter:
         self._bar.set_postfix({**losses, "samples/s": f"{values['samples_per_s']:.1f}"}, refresh=False)
         return values
 
-    def close(self) -> None:
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
 

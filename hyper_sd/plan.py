@@ -15,9 +15,9 @@ from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.evaluate import evaluate_run
 from hyper_sd.export import export_lora, lora_info
-from hyper_sd.lora_file import DTYPES, inspect_lora, read_lora
 from hyper_sd.loop import Feed, Job, fit
-from hyper_sd.measure import NUM_GRID, make_draw
+from hyper_sd.lora_file import DTYPES, inspect_lora, read_lora
+from hyper_sd.measure import NUM_GRID, check_judge, make_draw
 from hyper_sd.objective import Context, Stage
 from hyper_sd.observe import Recorder
 from hyper_sd.report import table
@@ -32,9 +32,19 @@ LORA = "lora.safetensors"
 
 def run_plan(config: RunConfig) -> None:
     """Train every stage that is not finished, export each, evaluate. Everything that can be refused is refused before weights load."""
+    engine = Engine(config.engine)
+    run = train_plan(config, engine)
+    engine_facts = engine.facts
+    engine.close()
+    if engine.is_main and run is not None:
+        run.evaluate(engine_facts)
+        run.folder.write_status("finished", engine=engine_facts)
+
+
+def train_plan(config: RunConfig, engine: Engine) -> "Run | None":
+    """The finished run; None if a stop signal ended it first, after everything was saved."""
     facts = inspect_teacher(config.teacher)
     stages = check_plan(config, facts)
-    engine = Engine(config.engine)
     for plan in config.selected.values():
         engine.micro_batches(plan.batch_size, start=0)
     source = build_source(config.data, seed=config.seed, image_size=facts.image_size)
@@ -42,22 +52,20 @@ def run_plan(config: RunConfig) -> None:
     engine.barrier()  # every process has looked at the directory before one writes to it
     if engine.is_main:
         folder.create(config)
+    run = Run(config, facts, stages, engine, source, folder)
     with StopSignal().caught() as stop:
-        run = Run(config, facts, stages, engine, source, folder)
-        finished = run.train(stop)
-    run_facts = engine.facts
-    engine.close()
-    if engine.is_main and finished:
-        run.evaluate(run_facts)
-        folder.write_status("finished", engine=run_facts)
-    elif engine.is_main:
-        folder.write_status("interrupted", signal=stop.received, engine=run_facts)
+        if run.train(stop):
+            return run
+    if engine.is_main:
+        folder.write_status("interrupted", signal=stop.received, engine=engine.facts)
         print(f"\nstopped by {stop.received}; everything is saved. {folder.path / 'run.json'} says what to type to go on", flush=True)
+    return None
 
 
 def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
     """The selected stages' mathematics. Raises ValueError, naming the key, for anything that cannot run on this teacher."""
     facts.schedule.check(facts.prediction)
+    check_judge(config.eval, facts.image_size)
     stages = {name: build_target(plan.method, plan.key) for name, plan in config.selected.items()}
     for name, stage in stages.items():
         try:

@@ -32,9 +32,12 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
 
     def create(self, config: RunConfig) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
-        (self.path / "config.yaml").write_text(text)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "config.yaml").write_text(text)
+        except OSError as error:
+            raise ValueError(f"run.dir={self.path} cannot be written: {error}; set another run.dir") from error
         self.write_status("running")
 
     @property

@@ -9,9 +9,15 @@ from hyper_sd.config import run_config
 @entry("train")
 def main(cfg: DictConfig) -> None:
     config = run_config(cfg)
-    from hyper_sd.plan import run_plan  # torch: only after the configuration is known to be right
+    # these import torch: only after the configuration is known to be right
+    if config.baseline:
+        from hyper_sd.ablation import run_ablation
 
-    run_plan(config)
+        run_ablation(config)
+    else:
+        from hyper_sd.plan import run_plan
+
+        run_plan(config)
 
 
 if __name__ == "__main__":

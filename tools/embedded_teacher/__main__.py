@@ -17,7 +17,7 @@ from tools.embedded_teacher.text import train_text_encoder, write_tokenizer
 from tools.embedded_teacher.unet import noise_schedule, train_unet
 from tools.embedded_teacher.vae import psnr, train_vae
 
-STEPS = {"vae": 2600, "text": 1200, "judge": 2200, "unet": 7000}
+STEPS = {"vae": 2600, "text": 1200, "judge": 1400, "unet": 4500}
 
 
 def main() -> None:
