@@ -89,7 +89,7 @@ def test_any_output_stands_for_an_x0_and_an_eps_that_make_x_t(prediction: Predic
 
 
 def test_schedule_is_float64_and_the_clean_end_is_the_first_step() -> None:
-    schedule = sd_schedule()
+    schedule = Schedule.from_alphas_cumprod(sd_scheduler().alphas_cumprod.float())  # diffusers keeps float32
     t = torch.tensor([[-1, 0], [1, 999]])
     alpha, sigma = schedule(t)
     assert alpha.shape == sigma.shape == t.shape and alpha.dtype == sigma.dtype == torch.float64

@@ -76,6 +76,12 @@ def test_points_of_a_whole_grid_lie_where_the_equations_say() -> None:
         assert torch.equal(s_edge, edge)
 
 
+def test_jump_targets_are_integers_with_both_ends() -> None:
+    t, u, s = TSCD(segments=1, solver_steps=200).draw_points(Draws(0, 0, tuple(range(20_000))), T)
+    second = t == 9  # u = 4, the edge is the clean end
+    assert set(u[second].tolist()) == {4} and set(s[second].tolist()) == {-1, 0, 1, 2, 3, 4}
+
+
 def test_jump_targets_are_uniform_between_edge_and_neighbour() -> None:
     t, u, s = TSCD(segments=1).draw_points(Draws(0, 0, tuple(range(40_000))), T)
     top = t == T - 1
