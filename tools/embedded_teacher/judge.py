@@ -35,7 +35,20 @@ def train_judge(workdir: Path, steps: int) -> Judge:
         return loss
 
     fit(Plan(name="judge", steps=steps, lr=2e-3, ema_decay=0.995, weight_decay=0.01), judge, loss_at, workdir)
+    standardise(judge)
     return judge
+
+
+@torch.no_grad()
+def standardise(judge: Judge) -> None:
+    """Give every feature unit variance on renders, and the logits the inverse, so that no feature outweighs others in a Fréchet distance."""
+    features = torch.cat([judge.features(render(sample_scenes(SEED + 2, np.arange(i, i + 512)))) for i in range(0, 8192, 512)])
+    scale = features.std(dim=0).clamp(min=1e-3 * float(features.std()))
+    linear = judge.to_features[0]
+    assert isinstance(linear, nn.Linear)
+    linear.weight /= scale[:, None]
+    linear.bias /= scale
+    judge.to_logits.weight *= scale
 
 
 @torch.no_grad()
