@@ -123,7 +123,7 @@ class Engine:
         return norm
 
     def learning_rate(self, role: Role) -> float:
-        return self._trained[role].scheduler.get_last_lr()[0]
+        return float(self._trained[role].scheduler.get_last_lr()[0])
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a scalar over processes."""

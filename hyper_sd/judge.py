@@ -1,6 +1,7 @@
 """The judge: a small classifier of every attribute of a procedural scene. It is used in evaluation only, never in training."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ class Judge(nn.Module):
         judge.load_state_dict({name: value.float() for name, value in load_file(path / WEIGHTS).items()})
         return judge.eval().requires_grad_(False)
 
-    def save(self, path: Path, facts: dict) -> None:
+    def save(self, path: Path, facts: Mapping[str, float]) -> None:
         path.mkdir(parents=True, exist_ok=True)
         save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, path / WEIGHTS)
         (path / "judge.json").write_text(json.dumps(facts, indent=2) + "\n")

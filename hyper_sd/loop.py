@@ -112,6 +112,8 @@ def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], 
         engine.backward(objective.trains, loss.value)
         for name, value in {"loss": loss.value, **loss.logs}.items():
             logs[name] = logs.get(name, 0) + value.detach() / len(micro_batches)
+    some = micro_batches[0][0].x0
+    logs["lr"] = some.new_full((), engine.learning_rate(objective.trains))
     logs["grad_norm"] = engine.step(objective.trains).detach()
     return objective.trains, logs
 

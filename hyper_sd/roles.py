@@ -142,12 +142,12 @@ class Roles:
 
     @torch.no_grad()
     def copy(self, src: str, dst: str) -> None:
-        torch._foreach_copy_(self.params((dst,)), self.params((src,)))
+        torch._foreach_copy_(self._values(dst), self._values(src))
 
     @torch.no_grad()
     def ema(self, src: str, dst: str, decay: float) -> None:
         """dst <- decay dst + (1 - decay) src."""
-        torch._foreach_lerp_(self.params((dst,)), self.params((src,)), 1 - decay)
+        torch._foreach_lerp_(self._values(dst), self._values(src), 1 - decay)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass with the role that was active in the forward pass."""
@@ -160,6 +160,9 @@ class Roles:
     def _run_as(self, role: Role, module: Callable[..., Any], *args: Any) -> Any:
         with self.use(role):
             return module(*args)
+
+    def _values(self, adapter: str) -> list[Tensor]:
+        return list(self.tensors(adapter).values())
 
     def _activate(self, role: Role) -> None:
         if unknown := set(role) - set(self.adapters):
