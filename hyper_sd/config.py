@@ -181,26 +181,9 @@ class RunConfig:
     baseline: dict[str, StagePlan] = field(default_factory=dict)
 
     @property
-    def eval_guidance(self) -> float:
-        """The guidance scale of the teacher's own images: eval.guidance, or the middle of teacher.guidance."""
-        middle = (self.teacher.guidance.min + self.teacher.guidance.max) / 2
-        return middle if self.eval.guidance is None else self.eval.guidance
-
-    @property
     def selected(self) -> dict[str, StagePlan]:
         """The stages this run trains: all of them, or those named by `only`, in the order of the plan."""
         return {name: stage for name, stage in self.stages.items() if self.only is None or name in self.only}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """What scripts/export.py is told; the keys are explained in configs/export.yaml."""
-
-    run: str
-    stage: str | None
-    format: Literal["kohya", "diffusers"]
-    dtype: Literal["fp32", "fp16", "bf16"]
-    out: str | None
 
 
 _SHARED_STAGE_KEYS = ("optimizer", "lr_scheduler")  # top-level nodes that only stages refer to

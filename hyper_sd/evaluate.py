@@ -14,13 +14,14 @@ from typing import Any
 
 import diffusers
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
-from hyper_sd.config import EvalConfig, RunConfig, TeacherConfig
-from hyper_sd.data.base import Source
-from hyper_sd.lora_file import inspect_lora
+from hyper_sd.commands import EvaluateConfig
+from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig, structured
+from hyper_sd.data import Source, build_source
 from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw
-from hyper_sd.sample import Recipe, Sampler, recipe_from_json, recipe_to_json, tcd_row
+from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
 from hyper_sd.teachers import inspect_teacher
 
 Key = tuple[str, int, float]  # whose row, its steps, and what tells the alternatives of a sweep apart: guidance, eta or start
@@ -105,6 +106,36 @@ def evaluate_run(cfg: RunConfig, source: Source | None = None) -> Evaluation:
     )
 
 
+def evaluate_lora(cfg: EvaluateConfig) -> Evaluation:
+    """Evaluate one LoRA file at eval.steps beside its teacher. Raises ValueError for steps that its recipe does not have."""
+    assert cfg.lora is not None
+    facts, file = inspect_teacher(cfg.teacher), Path(cfg.lora)
+    recipe = read_recipe(file, facts.fingerprint)
+    if unknown := [n for n in cfg.eval.steps if n not in recipe]:
+        raise ValueError(f"steps={list(cfg.eval.steps)}: lora={file} is made for {' or '.join(map(str, recipe))} steps, not for {unknown}")
+    return evaluate(cfg.teacher, cfg.eval, {}, file, _source(cfg.eval, cfg.data, facts.image_size))
+
+
+def evaluate_again(cfg: EvaluateConfig) -> Evaluation:
+    """Evaluate a run as `eval` says; its teacher, its data and its judge are its own."""
+    assert cfg.run is not None
+    run = read_run(Path(cfg.run))
+    run = replace(run, run=replace(run.run, dir=cfg.run), eval=replace(cfg.eval, judge=run.eval.judge))
+    return evaluate_run(run, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size))
+
+
+def read_run(run_dir: Path) -> RunConfig:
+    """The configuration a run was made with. Raises ValueError for a directory that holds no run."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"run={run_dir}: there is no {file}; give the directory of a run, e.g. run=outputs/demo")
+    return structured(RunConfig, OmegaConf.to_container(OmegaConf.load(file)))
+
+
+def _source(cfg: EvalConfig, data: DataConfig, image_size: int) -> Source | None:
+    return build_source(data, seed=cfg.seed, image_size=image_size) if cfg.judge is None else None
+
+
 def evaluate(
     teacher: TeacherConfig, cfg: EvalConfig, stages: Mapping[str, Path], final: Path | None, source: Source | None = None
 ) -> Evaluation:
@@ -116,11 +147,12 @@ def evaluate(
     started = time.monotonic()
     _check_prompts(cfg, source)
     fingerprint = inspect_teacher(teacher).fingerprint
-    adapters = {name: read_adapter(file, fingerprint) for name, file in stages.items()}
-    last = None if final is None else read_adapter(final, fingerprint)
+    adapters = {name: Adapter(file, read_recipe(file, fingerprint)) for name, file in stages.items()}
+    last = None if final is None else Adapter(final, read_recipe(final, fingerprint))
     evaluator = Evaluator.open(teacher, cfg)
     draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
-    choice = choose(evaluator, cfg, draws, last)
+    ends = evaluator.end_points(draws)
+    choice = choose(evaluator, cfg, draws, ends, last)
 
     steps = sorted(cfg.steps, reverse=True)
     jobs = {(_TEACHER, n): Job(None, evaluator.teacher_row(n)) for n in (cfg.teacher_steps, *steps)}
@@ -128,7 +160,7 @@ def evaluate(
     jobs |= {(f"stage {name}", n): Job(a.file, row) for name, a in adapters.items() for n, row in a.recipe.items()}
     if last is not None:
         jobs |= {(_FINAL, n): Job(last.file, row) for n, row in choice.final.items() if n in steps}
-    rows = evaluator.measure(jobs, draws, evaluator.end_points(draws))
+    rows = evaluator.measure(jobs, draws, ends)
 
     def of(name: str) -> dict[int, Row]:
         return {n: row for (owner, n), row in rows.items() if owner == name}
@@ -146,28 +178,19 @@ def evaluate(
     )
 
 
-def read_adapter(file: Path, fingerprint: Mapping[str, Any]) -> Adapter:
-    """Raises ValueError for a file of another base model, and for one that does not say how it is sampled."""
-    header = inspect_lora(file, key="lora")
-    header.require_base(fingerprint)
-    if header.info is None or not header.info.recipe:
-        raise ValueError(f"lora={file} carries no sampler recipe (metadata hyper_sd.sampler), so how to sample with it is unknown")
-    return Adapter(file, recipe_from_json(header.info.recipe))
-
-
-def choose(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], final: Adapter | None) -> Choice:
+def choose(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], ends: list[Tensor] | None, final: Adapter | None) -> Choice:
     """Choose by the lowest FD, on a draw of eval.sweep_prompts; with 0 of them only the un-distilled teacher's guidance, on `draws`."""
     recipe = {} if final is None else final.recipe
     if evaluator.judge is None:
         return Choice({}, recipe, [])
     teacher_keys = [_teacher_key(evaluator, n, share) for n in _UNDISTILLED for share in _WEAKER]
     if cfg.sweep_prompts:
-        draws = [make_draw(cfg, SWEEP_DRAW, cfg.sweep_prompts)]
+        draws, ends = [make_draw(cfg, SWEEP_DRAW, cfg.sweep_prompts)], None
         teacher_keys += [_teacher_key(evaluator, cfg.teacher_steps, share) for share in _AROUND]
     jobs = {key: Job(None, evaluator.teacher_row(key[1], key[2])) for key in teacher_keys}
     if cfg.sweep_prompts and final is not None:
         jobs |= {(_FINAL, n, number): Job(final.file, row) for n in recipe for number, row in _variants(recipe[n]).items()}
-    rows = evaluator.measure(jobs, draws, title="choosing the samplers")
+    rows = evaluator.measure(jobs, draws, ends, title="choosing the samplers")
     best = {group: _best({key: row for key, row in rows.items() if key[:2] == group}) for group in {key[:2] for key in rows}}
     best[_TEACHER, cfg.teacher_steps] = _teacher_key(evaluator, cfg.teacher_steps, 1.0)  # given, not chosen
     return Choice(

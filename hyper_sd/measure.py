@@ -8,7 +8,7 @@ the same noise, at the teacher's guidance.
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyper_sd.config import EvalConfig, TeacherConfig
-from hyper_sd.data.base import Source
+from hyper_sd.data import Source
 from hyper_sd.data.scenes import IMAGE_SIZE, captions, render, sample_scenes
 from hyper_sd.judge import Judge, all_right
 from hyper_sd.metrics import Gaussian, Jackknifed, frechet_jackknife, gap, mean_and_error, mean_of_draws
 from hyper_sd.paths import asset_dir
 from hyper_sd.randomness import Purpose, fold
-from hyper_sd.sample import Sampler, adapter, decode, latent_shape, sample, teacher_row
+from hyper_sd.sample import Sampler, adapter, decode, latent_shape, quiet, sample, teacher_row
 from hyper_sd.teachers import load_pipeline
 
 K = TypeVar("K", bound=Hashable)
@@ -52,6 +52,14 @@ def make_draw(cfg: EvalConfig, number: int, num_prompts: int, source: Source | N
     assert source is not None, "without a judge, prompts come from a data source"
     first = number * num_prompts
     return Draw(seed, list(source.batch(range(first, first + num_prompts)).captions))
+
+
+def check_judge(cfg: EvalConfig, image_size: int) -> None:
+    """Raise ValueError for a judge that does not know images of this many pixels a side."""
+    if cfg.judge is not None and image_size != IMAGE_SIZE:
+        raise ValueError(
+            f"eval.judge={cfg.judge} knows images of {IMAGE_SIZE} pixels, this teacher draws {image_size}; set eval.judge=null"
+        )
 
 
 def teacher_guidance(teacher: TeacherConfig, cfg: EvalConfig) -> float:
@@ -111,21 +119,19 @@ class Evaluator:
     batch_size: int
     judge: Judge | None
     reference: Gaussian | None
+    done: dict[str, Row] = field(default_factory=dict)
 
     @classmethod
     def open(cls, teacher: TeacherConfig, cfg: EvalConfig) -> "Evaluator":
         """Raises ValueError, naming the key, for a judge that does not know the pipeline's images."""
         cuda = torch.cuda.is_available()
         pipe: Any = load_pipeline(teacher, torch.bfloat16 if cuda and teacher.dtype != "fp32" else torch.float32)
-        pipe.to("cuda" if cuda else "cpu")
-        pipe.vae.to(torch.float32)
+        if cuda:
+            pipe.to("cuda")
+            pipe.vae.to(torch.float32)  # SDXL's overflows in half precision
         judge, reference = None, None
+        check_judge(cfg, latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor)
         if cfg.judge is not None:
-            size = latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor
-            if size != IMAGE_SIZE:
-                raise ValueError(
-                    f"eval.judge={cfg.judge} knows images of {IMAGE_SIZE} pixels, this teacher draws {size}; set eval.judge=null"
-                )
             judge = Judge.load(asset_dir("judge"))
             reference = Gaussian.fit(_reference_features(judge, cfg.reference))
         return cls(pipe, teacher_guidance(teacher, cfg), cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference)
@@ -136,24 +142,24 @@ class Evaluator:
     def measure(
         self, jobs: Mapping[K, Job], draws: Sequence[Draw], ends: Sequence[Tensor] | None = None, title: str = "evaluation"
     ) -> dict[K, Row]:
-        """One row a job. `ends` are the end points that latents are compared with, one tensor a draw. Equal jobs are sampled once."""
-        names = {key: _identity(job) for key, job in jobs.items()}
-        distinct = {names[key]: job for key, job in jobs.items()}
-        total = sum(_cost(job.sampler) for job in distinct.values()) * sum(len(draw.prompts) for draw in draws)
-        rows: dict[str, Row] = {}
-        with tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=None) as bar:
-            for lora in dict.fromkeys(job.lora for job in distinct.values()):
+        """One row a job. `ends` are the end points that latents are compared with, one tensor a draw. Nothing is sampled twice."""
+        asked = [[draw.seed, len(draw.prompts)] for draw in draws], ends is not None
+        names = {key: json.dumps([_identity(job), *asked], sort_keys=True) for key, job in jobs.items()}
+        pending = {names[key]: job for key, job in jobs.items() if names[key] not in self.done}
+        total = sum(_cost(job.sampler) for job in pending.values()) * sum(len(draw.prompts) for draw in draws)
+        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=None) as bar:
+            for lora in dict.fromkeys(job.lora for job in pending.values()):
                 with adapter(self.pipe, lora):
-                    for name, job in distinct.items():
+                    for name, job in pending.items():
                         if job.lora == lora:
-                            rows[name] = self._row(job.sampler, draws, ends, bar)
-        return {key: rows[name] for key, name in names.items()}
+                            self.done[name] = self._row(job.sampler, draws, ends, bar)
+        return {key: self.done[name] for key, name in names.items()}
 
     def end_points(self, draws: Sequence[Draw]) -> list[Tensor]:
         """The teacher's clean latents, at twice the steps of its row: where its trajectories end."""
         row = self.teacher_row(2 * self.teacher_steps)
         total = sum(len(draw.prompts) for draw in draws) * _cost(row)
-        with tqdm(total=total, unit="forward", unit_scale=True, desc="the teacher's end points", disable=None) as bar:
+        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc="the teacher's end points", disable=None) as bar:
             return [self._sample(row, draw, bar) for draw in draws]
 
     def floor(self, draws: Sequence[Draw]) -> tuple[float | None, float | None]:
@@ -215,10 +221,10 @@ def _cost(sampler: Sampler) -> int:
     return sampler.num_steps * (2 if sampler.guidance_scale > 1 else 1)
 
 
-def _identity(job: Job) -> str:
+def _identity(job: Job) -> list[Any]:
     """Equal for jobs whose images are equal: the same tensors, whatever the file is called and says, and the same sampler."""
     weights = "" if job.lora is None else _tensors_digest(job.lora)
-    return json.dumps([weights, job.sampler.num_steps, job.sampler.to_json()], sort_keys=True)
+    return [weights, job.sampler.num_steps, job.sampler.to_json()]
 
 
 def _tensors_digest(file: Path) -> str:

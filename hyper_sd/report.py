@@ -18,7 +18,7 @@ RUN_FACTS = ("engine", "resumed_from", "wall_s", "peak_rss_bytes")  # what only 
 _CELL = (112, 256)  # shortest and longest side of an image in a grid, pixels
 _GAP = 6
 _FONT = 15
-_CAPTION_WIDTH = 30  # characters
+_CAPTION_WIDTH, _HEADER_WIDTH = 30, 16  # characters
 _METRICS = {"accuracy": "accuracy", "frechet": "Fréchet distance", "gap": "gap", "mse_to_teacher": "distance to the teacher's end point"}
 
 
@@ -58,14 +58,14 @@ def draw_grid(columns: Mapping[str, Tensor], prompts: Sequence[str]) -> Image.Im
     font = ImageFont.load_default(size=_FONT)
     cells = [[_cell(images[row]) for images in columns.values()] for row in range(len(prompts))]
     captions = ["\n".join(textwrap.wrap(prompt, _CAPTION_WIDTH)) for prompt in prompts]
-    headers = ["\n".join(textwrap.wrap(name, 14)) for name in columns]
+    headers = ["\n".join(textwrap.wrap(name, _HEADER_WIDTH)) for name in columns]
     canvas = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     boxes = [canvas.multiline_textbbox((0, 0), caption, font=font) for caption in captions]
     left = int(max(box[2] for box in boxes)) + 3 * _GAP
     top = int(max(canvas.multiline_textbbox((0, 0), header, font=font)[3] for header in headers)) + 2 * _GAP
     side = cells[0][0].width + _GAP
     height = max(side, int(max(box[3] for box in boxes)) + _GAP)
-    grid = Image.new("RGB", (left + side * len(columns), top + height * len(prompts)), "white")
+    grid = Image.new("RGB", (left + side * len(columns) + _GAP, top + height * len(prompts)), "white")
     canvas = ImageDraw.Draw(grid)
     for column, header in enumerate(headers):
         center = left + column * side + (side - _GAP) / 2

@@ -5,7 +5,9 @@ come from integers, so an image depends on (seed, index, prompt, row) and never 
 """
 
 import inspect
+import itertools
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +17,17 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from hyper_sd.commands import SampleConfig
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.guidance import Cond
-from hyper_sd.lora_file import SamplerRecipe, SamplerRow
+from hyper_sd.lora_file import inspect_lora
+from hyper_sd.lora_metadata import SAMPLER_KEY, SamplerRecipe, SamplerRow
 from hyper_sd.randomness import Purpose, generator, normal
 from hyper_sd.roles import Role
+from hyper_sd.teachers import inspect_teacher, load_pipeline
 
 SCHEDULERS = ("TCDScheduler", "DDIMScheduler", "LCMScheduler")
 STEP_COUNTS = (1, 2, 4, 8)
@@ -96,17 +102,22 @@ def tcd_row(base: Mapping[str, Any], num_steps: int, *, solver_steps: int, eta: 
     `start` moves the first timestep, and the further ones in proportion, each to the nearest point of the grid.
     """
     config = _config("TCDScheduler", base, original_inference_steps=solver_steps)
-    stride = config["num_train_timesteps"] // solver_steps
-    top = None if start is None else (start + 1) / stride
-    timesteps = None if top is None else tuple(round(top * (1 - i / num_steps)) * stride - 1 for i in range(num_steps))
+    timesteps = None if start is None else _from(start, num_steps, config)
     return Sampler(num_steps=num_steps, scheduler="TCDScheduler", config=config, eta=eta, timesteps=timesteps)
 
 
-def lcm_row(base: Mapping[str, Any], num_steps: int, *, solver_steps: int) -> Sampler:
-    """LCM's multistep sampling on the solver's grid: what a single-stage consistency adapter is used with."""
-    return Sampler(
-        num_steps=num_steps, scheduler="LCMScheduler", config=_config("LCMScheduler", base, original_inference_steps=solver_steps)
-    )
+def lcm_row(base: Mapping[str, Any], num_steps: int, *, solver_steps: int, start: int | None = None) -> Sampler:
+    """LCM's multistep sampling on the solver's grid: what a single-stage consistency adapter is used with; `start` as in `tcd_row`."""
+    config = _config("LCMScheduler", base, original_inference_steps=solver_steps)
+    timesteps = None if start is None else _from(start, num_steps, config)
+    return Sampler(num_steps=num_steps, scheduler="LCMScheduler", config=config, timesteps=timesteps)
+
+
+def _from(start: int, num_steps: int, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Evenly spaced timesteps from `start` down, on the solver's grid."""
+    stride = config["num_train_timesteps"] // config["original_inference_steps"]
+    top = (start + 1) / stride
+    return tuple(round(top * (1 - i / num_steps)) * stride - 1 for i in range(num_steps))
 
 
 def stage_recipe(base: Mapping[str, Any], *, segments: int, solver_steps: int, eta: float = 1.0, start: int | None = None) -> Recipe:
@@ -192,6 +203,53 @@ def latent_shape(pipe: Any, image_size: int | None = None) -> tuple[int, int, in
     return config.in_channels, side, side
 
 
+def draw_images(cfg: SampleConfig) -> list[Path]:
+    """Draw `num_images` images of a prompt with the sampler that the LoRA's file names for `steps`, and save them as PNG files.
+
+    Raises ValueError, before a weight is loaded, for a file of another teacher, a step count it has no sampler for, or a taken name.
+    """
+    facts = inspect_teacher(cfg.teacher)
+    recipe = None if cfg.lora is None else read_recipe(Path(cfg.lora), facts.fingerprint)
+    if recipe is not None and cfg.steps not in recipe:
+        raise ValueError(f"steps={cfg.steps}: lora={cfg.lora} is made for {' or '.join(map(str, recipe))} steps")
+    files = _files(cfg)
+    pipe: Any = load_pipeline(cfg.teacher)
+    middle = (cfg.teacher.guidance.min + cfg.teacher.guidance.max) / 2
+    row = teacher_row(pipe.scheduler.config, cfg.steps, middle) if recipe is None else recipe[cfg.steps]
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    with adapter(pipe, None if cfg.lora is None else Path(cfg.lora)):
+        latents = sample(pipe, [cfg.prompt] * cfg.num_images, row, seed=cfg.seed, image_size=cfg.teacher.image_size, batch_size=4)
+    pixels = decode(pipe, latents, batch_size=1).permute(0, 2, 3, 1).numpy()
+    for file, image in zip(files, pipe.image_processor.numpy_to_pil(pixels), strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("xb") as stream:
+            image.save(stream, format="PNG")
+    return files
+
+
+def read_recipe(file: Path, fingerprint: Mapping[str, Any]) -> Recipe:
+    """How a LoRA file is sampled. Raises ValueError for a file of another base model, and for one that does not say."""
+    header = inspect_lora(file, key="lora")
+    header.require_base(fingerprint)
+    if header.info is None or not header.info.recipe:
+        raise ValueError(f"lora={file} carries no sampler recipe (metadata {SAMPLER_KEY}), so how to sample with it is unknown")
+    return recipe_from_json(header.info.recipe)
+
+
+def _files(cfg: SampleConfig) -> list[Path]:
+    """Names that are free: out itself if it is a .png, else files in that directory named after what is drawn."""
+    out = Path(cfg.out)
+    if out.suffix.lower() == ".png":
+        files = [out] if cfg.num_images == 1 else [out.with_stem(f"{out.stem}_{i}") for i in range(cfg.num_images)]
+        if taken := [file for file in files if file.exists()]:
+            raise ValueError(f"out={cfg.out}: {taken[0]} exists; give another name, or a directory")
+        return files
+    words = "_".join(re.findall(r"\w+", cfg.prompt))[:80].rstrip("_") or "empty_prompt"
+    numbers = itertools.count()
+    free = (file for file in (out / f"{words}_{cfg.steps}steps_seed{cfg.seed}_{i}.png" for i in numbers) if not file.exists())
+    return list(itertools.islice(free, cfg.num_images))
+
+
 @contextmanager
 def adapter(pipe: Any, file: Path | None) -> Iterator[None]:
     """Run the pipeline with a LoRA file fused into its network; on exit the network is bitwise what it was. None: the teacher."""
@@ -201,13 +259,25 @@ def adapter(pipe: Any, file: Path | None) -> Iterator[None]:
     net = pipe.unet
     original = {name: value.detach().clone() for name, value in net.state_dict().items()}
     try:
-        pipe.load_lora_weights(str(file), use_safetensors=True)
-        pipe.fuse_lora(components=["unet"])
-        pipe.unload_lora_weights()  # leaves the fused weights and removes peft's layers
+        with quiet():  # else it warns, every time, that a UNet LoRA has nothing for the text encoder
+            pipe.load_lora_weights(str(file), use_safetensors=True)
+            pipe.fuse_lora(components=["unet"])
+            pipe.unload_lora_weights()  # leaves the fused weights and removes peft's layers
         yield
     finally:
         pipe.unload_lora_weights()
         net.load_state_dict(original)  # subtracting the LoRA again would leave rounding errors behind
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers' warnings to itself."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
 
 
 @contextmanager

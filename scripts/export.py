@@ -5,7 +5,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from hyper_sd.cli import entry
-from hyper_sd.config import ExportConfig, resolved, structured
+from hyper_sd.commands import ExportConfig
+from hyper_sd.config import resolved, structured
 
 
 @entry("export")

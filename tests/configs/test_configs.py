@@ -29,7 +29,7 @@ from hyper_sd.stages.tscd import TSCD
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
 COMMANDS = sorted(path.stem for path in config_dir().glob("*.yaml") if path.stem != "command")
-GROUPS = ("teacher", "data", "lora", "optimizer", "engine", "eval", "tracker")
+GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
 STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
 

@@ -1,18 +1,24 @@
 import itertools
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import TCDScheduler
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from hyper_sd.commands import SampleConfig
 from hyper_sd.config import TeacherConfig
 from hyper_sd.randomness import Purpose, generator, normal
 from hyper_sd.sample import (
     Sampler,
     adapter,
     decode,
+    draw_images,
     latent_shape,
     lcm_row,
     recipe_from_json,
@@ -220,3 +226,47 @@ def rollout_like(denoiser, role, row: Sampler, cond, shape: tuple[int, ...]) -> 
     noise = normal((SEED, Purpose.SAMPLE), range(num), shape)
     with torch.no_grad():
         return rollout(denoiser, role, noise, timesteps, cond, eta=row.eta or 0.0, fresh=fresh)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory, config: TeacherConfig) -> Path:
+    file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    write_adapter(file, config, stage_recipe(BETAS, segments=1, solver_steps=40))
+    return file
+
+
+def sample_config(config: TeacherConfig, file: Path | None, out: Path, **changes: Any) -> SampleConfig:
+    return replace(
+        SampleConfig(prompt="a red circle", lora=file and str(file), steps=2, num_images=2, seed=3, out=str(out), teacher=config), **changes
+    )
+
+
+def test_images_are_saved_without_replacing_any(tmp_path: Path, config: TeacherConfig, file: Path):
+    first = draw_images(sample_config(config, file, tmp_path / "out"))
+    assert [path.name for path in first] == ["a_red_circle_2steps_seed3_0.png", "a_red_circle_2steps_seed3_1.png"]
+    images = [np.asarray(Image.open(path)) for path in first]
+    assert images[0].shape == (32, 32, 3)
+    assert not np.array_equal(*images)
+    second = draw_images(sample_config(config, file, tmp_path / "out", num_images=1))
+    assert [path.name for path in second] == ["a_red_circle_2steps_seed3_2.png"]
+    assert np.abs(np.asarray(Image.open(second[0])).astype(int) - images[0]).max() <= 1  # the same seed, in a batch of another size
+
+
+def test_a_named_image_is_not_replaced(tmp_path: Path, config: TeacherConfig, file: Path):
+    out = tmp_path / "new" / "image.png"
+    assert draw_images(sample_config(config, file, out, num_images=1)) == [out]
+    with pytest.raises(ValueError, match=r"out=.*image\.png: .*image\.png exists"):
+        draw_images(sample_config(config, file, out, num_images=1))
+    assert draw_images(sample_config(config, None, out)) == [out.with_name("image_0.png"), out.with_name("image_1.png")]
+
+
+def test_a_step_count_without_a_sampler_is_refused(tmp_path: Path, config: TeacherConfig, file: Path):
+    with pytest.raises(ValueError, match=r"steps=3: lora=.* is made for 1 or 2 or 4 or 8 steps"):
+        draw_images(sample_config(config, file, tmp_path / "out", steps=3))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_of_another_teacher_is_refused(tmp_path: Path, file: Path):
+    other = teacher_config(tiny_sd15(tmp_path / "other", latent_channels=8))
+    with pytest.raises(ValueError, match="another base model"):
+        draw_images(sample_config(other, file, tmp_path / "out"))

@@ -1,0 +1,202 @@
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hyper_sd.config import EvalConfig, TeacherConfig
+from hyper_sd.data import Samples
+from hyper_sd.evaluate import Evaluation, evaluate
+from hyper_sd.measure import Evaluator, Job, make_draw
+from hyper_sd.report import write
+from hyper_sd.sample import stage_recipe, tcd_row
+from tests.adapters import teacher_config, write_adapter
+from tests.tiny import BETAS, tiny_sd15
+
+PROMPTS = ("a red circle", "a blue square", "a blue circle on a red background", "circle", "square", "a red square")
+METRICS = {"accuracy", "frechet", "gap", "mse_to_teacher"}
+
+
+@dataclass(frozen=True)
+class Captions:
+    """A source with captions alone."""
+
+    num_samples: int | None = len(PROMPTS)
+
+    def batch(self, positions: Any) -> Samples:
+        return Samples([PROMPTS[position % len(PROMPTS)] for position in positions])
+
+
+def settings(**changes: Any) -> EvalConfig:
+    plain = EvalConfig(prompts=6, every_steps=None, steps=(1, 2), teacher_steps=4, judge=None, seed=5, batch_size=4, reference=300)
+    return replace(plain, **changes)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
+    return teacher_config(tiny_sd15(tmp_path_factory.mktemp("teacher")))
+
+
+@pytest.fixture(scope="module")
+def files(teacher: TeacherConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A chain of two stages, and a final adapter with the weights of the last."""
+    folder = tmp_path_factory.mktemp("run")
+    recipes = {name: stage_recipe(BETAS, segments=k, solver_steps=8, eta=0.5) for name, k in (("tscd_2", 2), ("tscd_1", 1))}
+    for seed, (name, recipe) in enumerate(recipes.items()):
+        write_adapter(folder / name / "lora.safetensors", teacher, recipe, stage=name, seed=seed)
+    return {name: folder / name / "lora.safetensors" for name in recipes}
+
+
+@pytest.fixture(scope="module")
+def judged(teacher: TeacherConfig, files: dict[str, Path]) -> Evaluation:
+    return evaluate(teacher, settings(judge="embedded", prompts=16, draws=2, sweep_prompts=8), files, files["tscd_1"])
+
+
+@pytest.fixture(scope="module")
+def unjudged(teacher: TeacherConfig, files: dict[str, Path]) -> Evaluation:
+    return evaluate(teacher, settings(), files, files["tscd_1"], Captions())
+
+
+def test_the_report_has_the_rows_of_its_contract(judged: Evaluation, tmp_path: Path):
+    facts = {"engine": {"type": "NO", "world_size": 1, "backend": "none"}, "resumed_from": [], "wall_s": 1.0, "peak_rss_bytes": 1}
+    write(tmp_path, judged.to_json(), judged.grids(), facts)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["teacher"]["guidance"] == 3.0
+    assert [name for name in report["teacher"] if name.isdigit()] == ["4", "2", "1"]
+    assert {name: list(rows) for name, rows in report["stages"].items()} == {"tscd_2": ["2"], "tscd_1": ["1", "2", "4", "8"]}
+    assert list(report["final"]) == ["1", "2"]
+    rows = [*(report["teacher"][n] for n in "421"), report["stages"]["tscd_2"]["2"], *report["final"].values()]
+    assert all(row.keys() >= METRICS for row in rows)
+    assert all(isinstance(row[name], float) for row in rows for name in METRICS - {"gap"})
+    assert report["evaluation"]["prompts"] == 16
+    assert report["evaluation"]["draws"] == 2
+    assert report["evaluation"]["floor"] > 0
+    assert report["evaluation"]["floor_accuracy"] > 0.9
+    assert len(report["grid_prompts"]) == 8
+    assert report["engine"] == facts["engine"]
+    assert report["sampler"]["stages"]["tscd_2"]["2"]["config"]["original_inference_steps"] == 8
+    assert (tmp_path / "tscd_2" / "grid.png").exists()
+
+
+def test_the_gap_is_measured_from_the_teacher_to_its_best_few_steps(judged: Evaluation):
+    report = judged.to_json()
+    best = report["teacher"]["best_guidance"]
+    full = report["teacher"]["4"]
+    for num_steps, row in report["final"].items():
+        scale = best[num_steps]["frechet"] - full["frechet"]
+        expected = (row["frechet"] - full["frechet"]) / scale if scale > 0 else None
+        assert row["gap"] == (None if expected is None else pytest.approx(expected))
+    assert full["gap"] in (0.0, None)
+
+
+def test_the_sweep_is_reported_and_its_choice_used(judged: Evaluation):
+    report = judged.to_json()
+    sweep = report["sampler"]["sweep"]
+    assert {(row["adapter"], row["steps"]) for row in sweep} == {
+        *(("teacher", n) for n in (1, 2, 4)),
+        *(("final", n) for n in (1, 2, 4, 8)),
+    }
+    for num_steps in (1, 2):
+        guided = [row for row in sweep if (row["adapter"], row["steps"]) == ("teacher", num_steps)]
+        assert [row["guidance"] for row in guided] == [1.0, 1.5, 2.0, 3.0]
+        best = min(guided, key=lambda row: row["frechet"])
+        assert [row["chosen"] for row in guided] == [row is best for row in guided]
+        assert report["teacher"]["best_guidance"][str(num_steps)]["guidance"] == best["guidance"]
+    starts = [row for row in sweep if (row["adapter"], row["steps"]) == ("final", 1)]
+    assert [row["start"] for row in starts] == [999, 874, 749]
+    chosen = next(row for row in starts if row["chosen"])
+    assert report["sampler"]["final"]["1"]["timesteps"] == [chosen["start"]]
+    etas = [row for row in sweep if (row["adapter"], row["steps"]) == ("final", 2)]
+    assert [row["eta"] for row in etas] == [0.0, 0.3, 0.6, 1.0]
+    assert report["sampler"]["final"]["2"]["eta"] == next(row["eta"] for row in etas if row["chosen"])
+
+
+def test_without_a_sweep_the_files_own_samplers_are_used(teacher: TeacherConfig, files: dict[str, Path]):
+    report = evaluate(teacher, settings(judge="embedded"), {}, files["tscd_1"]).to_json()
+    assert report["sampler"]["final"]["2"]["eta"] == 0.5
+    assert {row["adapter"] for row in report["sampler"]["sweep"]} == {"teacher"}
+
+
+def test_without_a_judge_rows_have_their_distance_and_images_alone(unjudged: Evaluation):
+    report = unjudged.to_json()
+    row = report["final"]["2"]
+    assert [row[name] for name in ("accuracy", "frechet", "gap")] == [None] * 3
+    assert row["mse_to_teacher"] > 0
+    assert report["evaluation"]["floor"] is None
+    assert report["grid_prompts"] == list(PROMPTS)
+    grids = unjudged.grids()
+    assert list(grids) == ["", "tscd_2", "tscd_1", "teacher"]
+    assert list(grids[""]) == ["teacher 4 steps", "2 steps", "1 step"]
+    assert grids[""]["1 step"].shape == (len(PROMPTS), 3, 32, 32)
+
+
+def test_rows_are_paired(teacher: TeacherConfig, unjudged: Evaluation, files: dict[str, Path]):
+    """The distance of a row is that of its latents from the end points of the same noise, prompt by prompt."""
+    again = evaluate(teacher, settings(batch_size=3), {"tscd_2": files["tscd_2"]}, None, Captions())
+    first, second = unjudged.stages["tscd_2"][2].error, again.stages["tscd_2"][2].error
+    assert first is not None and second is not None
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
+    ends = unjudged.teacher[4].error
+    few = unjudged.teacher[1].error
+    assert ends is not None and few is not None
+    assert ends.mean() < few.mean()
+
+
+def test_other_draws_have_other_prompts_and_other_noise():
+    cfg = settings(judge="embedded")
+    first, second = (make_draw(cfg, number, 6) for number in (0, 1))
+    assert first.seed != second.seed
+    assert first.prompts != second.prompts
+    assert make_draw(cfg, 0, 3).prompts == first.prompts[:3]
+    assert make_draw(settings(), 1, 4, Captions()).prompts == [PROMPTS[i % 6] for i in range(4, 8)]
+
+
+def test_equal_jobs_are_sampled_once(teacher: TeacherConfig, files: dict[str, Path]):
+    evaluator = Evaluator.open(teacher, settings())
+    calls: list[int] = []
+    evaluator.pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    copy = files["tscd_1"].with_name("copy.safetensors")
+    copy.write_bytes(files["tscd_1"].read_bytes())
+    row = tcd_row(BETAS, 2, solver_steps=8, eta=0.0)
+    jobs = {"a": Job(files["tscd_1"], row), "b": Job(copy, row), "teacher": Job(None, row)}
+    draws = [make_draw(settings(), 0, 4, Captions())]
+    rows = evaluator.measure(jobs, draws)
+    assert len(calls) == 2 * 2
+    assert evaluator.measure(jobs, draws) == rows
+    assert len(calls) == 2 * 2
+    evaluator.measure(jobs, [make_draw(settings(), 1, 4, Captions())])
+    assert len(calls) == 4 * 2
+    assert torch.equal(rows["a"].images, rows["b"].images)
+    assert not torch.equal(rows["a"].images, rows["teacher"].images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge": "embedded", "prompts": 3}, "eval.prompts must be at least 4"),
+        ({"judge": None}, "eval.judge=null takes its prompts from the data"),
+    ],
+)
+def test_settings_that_cannot_be_evaluated(teacher: TeacherConfig, files: dict[str, Path], changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        evaluate(teacher, settings(**changes), files, None)
+
+
+def test_the_judge_refuses_other_image_sizes(tmp_path: Path):
+    large = teacher_config(tiny_sd15(tmp_path, image_size=64))
+    with pytest.raises(ValueError, match=r"32 pixels, this teacher draws 64; set eval\.judge=null"):
+        Evaluator.open(large, settings(judge="embedded"))
+
+
+def test_an_adapter_of_another_teacher_is_refused(tmp_path: Path, files: dict[str, Path]):
+    other = teacher_config(tiny_sd15(tmp_path, latent_channels=8))
+    with pytest.raises(ValueError, match="another base model"):
+        evaluate(other, settings(), files, None, Captions())
+
+
+def test_a_file_without_a_recipe_is_refused(tmp_path: Path, teacher: TeacherConfig):
+    write_adapter(tmp_path / "lora.safetensors", teacher, recipe={})
+    with pytest.raises(ValueError, match=r"carries no sampler recipe \(metadata hyper_sd.sampler\)"):
+        evaluate(teacher, settings(), {}, tmp_path / "lora.safetensors", Captions())
