@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hyper_sd.config import RunConfig, build_target
-from hyper_sd.data.base import Source, build_source
+from hyper_sd.data import Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.evaluate import evaluate_run

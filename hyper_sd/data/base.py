@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from hyper_sd.config import DataConfig
 from hyper_sd.guidance import Cond
 from hyper_sd.randomness import Purpose, fold
 
@@ -42,25 +41,6 @@ class Source(Protocol):
         ...
 
 
-def build_source(cfg: DataConfig, *, seed: int, image_size: int) -> Source:
-    """The source that `data` describes, with images of image_size by image_size pixels; ValueError naming the key if there is none."""
-    match cfg.kind:
-        case "scenes":
-            from hyper_sd.data.scenes_data import ScenesSource
-
-            if cfg.path is not None:
-                raise ValueError(f"data.path={cfg.path} is not used by data=scenes; choose data=folder or data=webdataset")
-            return ScenesSource(seed, image_size)
-        case "folder":
-            from hyper_sd.data.folder import FolderSource
-
-            return FolderSource(_path(cfg), seed, image_size, cfg.num_workers)
-        case "webdataset":
-            from hyper_sd.data.webdataset import WebDatasetSource
-
-            return WebDatasetSource(_path(cfg), seed, image_size, cfg.num_workers)
-
-
 class EpochOrder:
     """A shuffled pass over `num_samples` samples after the other: epoch e is the permutation of (seed, e)."""
 
@@ -82,11 +62,3 @@ class EpochOrder:
 def threaded_map(num_workers: int) -> Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]:
     """`map`, or an ordered map over that many threads; decoding an image releases the interpreter's lock."""
     return ThreadPoolExecutor(num_workers, thread_name_prefix="data").map if num_workers > 0 else map
-
-
-def _path(cfg: DataConfig) -> str:
-    if not cfg.path:
-        raise ValueError(
-            f"data.path must be set for data={cfg.kind}: a directory of images for folder, a pattern of .tar files for webdataset"
-        )
-    return cfg.path

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from hyper_sd.config import DataConfig
-from hyper_sd.data.base import Samples, Source, build_source
+from hyper_sd.data import Samples, Source, build_source
 from hyper_sd.data.scenes import captions, render, sample_scenes
 
 Kind = Literal["scenes", "folder", "webdataset"]
