@@ -74,8 +74,9 @@ def table(results: Mapping[str, Any]) -> str:
     """Means over the seeds and their standard deviations, as markdown."""
     teacher = results["teacher"]
     lines = [
-        f"{results['seeds']} training seeds, {results['prompts']} prompts, the same prompts and noise in every row. Mean ± standard "
-        f"deviation over the seeds. The teacher at full steps: accuracy {teacher['accuracy']:.3f}, Fréchet distance {teacher['frechet']:.3f}.",
+        f"{results['seeds']} training seeds, {results['prompts']} prompts, the same prompts and noise in every row. Mean ± "
+        "standard deviation over the seeds. The teacher at full steps: "
+        f"accuracy {teacher['accuracy']:.3f}, Fréchet distance {teacher['frechet']:.3f}.",
         "",
         "| row | metric | segmented | single stage |",
         "|---|---|---|---|",

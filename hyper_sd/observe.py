@@ -108,6 +108,6 @@ class Tracker:
             return
         try:
             action()
-        except Exception as error:  # noqa: BLE001 - a service that is down, a full quota: the run goes on without it
+        except Exception as error:
             print(f"tracker: {error}; no more is sent to it", flush=True)
             self._tracker = None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import STAGES, adapters, assert_same, kill, start, finish, train, wait_for
+from tests.runs import STAGES, adapters, assert_same, finish, kill, start, train, wait_for
 from tests.tiny import tiny_sd15
 
 

@@ -39,7 +39,9 @@ def main() -> None:
     print(json.dumps(figures, indent=2))
 
 
-def save_pipeline(path: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel) -> None:
+def save_pipeline(
+    path: Path, vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> None:
     """Write a StableDiffusionPipeline directory with float16 weights."""
     scheduler = DDIMScheduler.from_config(noise_schedule().config, timestep_spacing="trailing", set_alpha_to_one=False)
     StableDiffusionPipeline(

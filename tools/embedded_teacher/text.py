@@ -23,10 +23,11 @@ HIDDEN = 128
 PHRASE_ENDS = (8, 17)  # token index of 'left' or 'right' of the first and the second object
 
 
-
 def write_tokenizer(path: Path) -> CLIPTokenizer:
     """A byte-pair tokenizer with one token for every word of the captions; other words fall apart into letters."""
-    words = sorted({word for phrase in (*SHAPES, *SIZES, *PLACES, *COLORS, *BACKGROUNDS, "a and at on the background") for word in phrase.split()})
+    words = sorted(
+        {word for phrase in (*SHAPES, *SIZES, *PLACES, *COLORS, *BACKGROUNDS, "a and at on the background") for word in phrase.split()}
+    )
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     tokens = letters + [f"{letter}</w>" for letter in letters]
     merges: list[tuple[str, str]] = []

@@ -39,7 +39,9 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def train_unet(vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, workdir: Path, steps: int) -> UNet2DConditionModel:
+def train_unet(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, workdir: Path, steps: int
+) -> UNet2DConditionModel:
     torch.manual_seed(SEED)
     unet = build_unet()
     vae, text_encoder = vae.eval(), text_encoder.eval()
