@@ -91,6 +91,11 @@ class Run:
     folder: RunFolder
 
     @cached_property
+    def unfinished(self) -> list[str]:
+        """The stages that had to be trained when this process looked first."""
+        return [name for name in self.config.selected if not (self.folder.path / name / LORA).exists()]
+
+    @cached_property
     def spec(self) -> LoraSpec:
         lora = self.config.lora
         return LoraSpec(rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
@@ -123,7 +128,7 @@ class Run:
         first_step = first_position = 0
         for name, plan in self.config.selected.items():
             folder = self.folder.path / name
-            if not (folder / LORA).exists():
+            if name in self.unfinished:
                 self._start_from(handed, self.stages[name])
                 job = Job(self.stages[name], plan, self.context, feed, folder, first_step, first_position)
                 if not fit(job, self.engine, stop, recorder):
@@ -184,7 +189,8 @@ class Run:
 
     def evaluate(self, engine_facts: dict[str, Any]) -> None:
         """Measure the run's files and write the report."""
-        if self.config.eval.prompts == 0:
+        reported = (self.folder.path / "report.json").is_file()
+        if self.config.eval.prompts == 0 or (reported and not self.unfinished):
             return
         evaluation = evaluate_run(self.config, self.source)
         facts = {
