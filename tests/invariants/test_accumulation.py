@@ -23,7 +23,7 @@ def gradients(stage: TSCD, denoiser: Denoiser, micro_batches: list[range]) -> li
     return [torch.stack(same).mean(0) for same in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize("num_parts", [2, 4, 8])
+@pytest.mark.parametrize("num_parts", [2, 4])
 @pytest.mark.parametrize(
     "changed", [{}, {"loss": "huber", "compare": "x0"}, {"offset_noise": 0.1, "empty_prompt_ratio": 0.4, "jump": "edge"}]
 )
