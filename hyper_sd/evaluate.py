@@ -20,7 +20,8 @@ from torch import Tensor
 from hyper_sd.commands import EvaluateConfig
 from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig, structured
 from hyper_sd.data import Source, build_source
-from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw
+from hyper_sd.lora_file import replace_recipe
+from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, tensors_digest
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
 from hyper_sd.teachers import inspect_teacher
 
@@ -117,11 +118,19 @@ def evaluate_lora(cfg: EvaluateConfig) -> Evaluation:
 
 
 def evaluate_again(cfg: EvaluateConfig) -> Evaluation:
-    """Evaluate a run as `eval` says; its teacher, its data and its judge are its own."""
+    """Evaluate a run as `eval` says; its teacher, its data and its judge are its own.
+
+    The samplers that were chosen are written into the metadata of the final adapter, so that its users sample as it was measured.
+    """
     assert cfg.run is not None
     run = read_run(Path(cfg.run))
     run = replace(run, run=replace(run.run, dir=cfg.run), eval=replace(cfg.eval, judge=run.eval.judge))
-    return evaluate_run(run, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size))
+    evaluation = evaluate_run(run, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size))
+    final = Path(cfg.run) / "lora.safetensors"
+    for file in (final, *Path(cfg.run).glob("*/lora.safetensors")):
+        if tensors_digest(file) == tensors_digest(final):
+            replace_recipe(file, recipe_to_json(evaluation.choice.final))
+    return evaluation
 
 
 def read_run(run_dir: Path) -> RunConfig:
@@ -153,6 +162,9 @@ def evaluate(
     draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
     ends = evaluator.end_points(draws)
     choice = choose(evaluator, cfg, draws, ends, last)
+    if last is not None:  # the last stage's adapter is the final one
+        digest = tensors_digest(last.file)
+        adapters = {name: replace(a, recipe=choice.final) if tensors_digest(a.file) == digest else a for name, a in adapters.items()}
 
     steps = sorted(cfg.steps, reverse=True)
     jobs = {(_TEACHER, n): Job(None, evaluator.teacher_row(n)) for n in (cfg.teacher_steps, *steps)}

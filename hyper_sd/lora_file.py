@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hyper_sd.lora_metadata import DIFFUSERS_KEY, LoraInfo, diffusers_metadata, to_info, to_metadata, to_targets
+from hyper_sd.lora_metadata import DIFFUSERS_KEY, LoraInfo, diffusers_metadata, to_info, to_metadata, to_targets, with_recipe
 from hyper_sd.lora_metadata import SamplerRecipe as SamplerRecipe
 from hyper_sd.lora_metadata import SamplerRow as SamplerRow
 from hyper_sd.roles import LoraSpec
@@ -157,6 +157,14 @@ def read_lora(
             tensors[f"{paths[name]}.lora_A.weight"] = file.get_tensor(sides["lora_A"]).float()
             tensors[f"{paths[name]}.lora_B.weight"] = file.get_tensor(sides["lora_B"]).float() * (alphas[name] / spec.alpha)
     return LoraFile(header=header, tensors=tensors, spec=spec)
+
+
+def replace_recipe(path: Path, recipe: SamplerRecipe) -> None:
+    """Give a LoRA file of ours another sampler recipe; its tensors stay as they are, bit for bit."""
+    metadata = with_recipe(inspect_lora(path, key="lora").metadata, recipe)
+    with _atomic(path) as temporary:
+        save_file(load_file(path), temporary, metadata=metadata)
+        _sort_header(temporary)
 
 
 # ---- tensors to keys -------------------------------------------------------------------------------------------------------

@@ -81,6 +81,11 @@ def to_metadata(spec: LoraSpec, info: LoraInfo, title: str) -> dict[str, str]:
     }
 
 
+def with_recipe(metadata: Mapping[str, str], recipe: SamplerRecipe) -> dict[str, str]:
+    """The metadata of a file of ours with another sampler recipe."""
+    return {**metadata, SAMPLER_KEY: json.dumps(recipe, sort_keys=True), "modelspec.usage_hint": _usage_hint(recipe)}
+
+
 def diffusers_metadata(spec: LoraSpec) -> str:
     """The value of `lora_adapter_metadata`, which diffusers reads alpha from.
 

@@ -223,11 +223,11 @@ def _cost(sampler: Sampler) -> int:
 
 def _identity(job: Job) -> list[Any]:
     """Equal for jobs whose images are equal: the same tensors, whatever the file is called and says, and the same sampler."""
-    weights = "" if job.lora is None else _tensors_digest(job.lora)
+    weights = "" if job.lora is None else tensors_digest(job.lora)
     return [weights, job.sampler.num_steps, job.sampler.to_json()]
 
 
-def _tensors_digest(file: Path) -> str:
+def tensors_digest(file: Path) -> str:
     """SHA-256 of a safetensors file after its header."""
     with file.open("rb") as stream:
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))

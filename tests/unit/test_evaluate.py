@@ -1,17 +1,23 @@
 import json
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
-from hyper_sd.config import EvalConfig, TeacherConfig
+from hyper_sd.cli import compose
+from hyper_sd.commands import EvaluateConfig
+from hyper_sd.config import DataConfig, EvalConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
-from hyper_sd.evaluate import Evaluation, evaluate
+from hyper_sd.evaluate import Evaluation, evaluate, evaluate_again, evaluate_lora, read_run
 from hyper_sd.measure import Evaluator, Job, make_draw
 from hyper_sd.report import write
-from hyper_sd.sample import stage_recipe, tcd_row
+from hyper_sd.sample import read_recipe, recipe_to_json, stage_recipe, tcd_row
+from hyper_sd.teachers import inspect_teacher
 from tests.adapters import teacher_config, write_adapter
 from tests.tiny import BETAS, tiny_sd15
 
@@ -200,3 +206,59 @@ def test_a_file_without_a_recipe_is_refused(tmp_path: Path, teacher: TeacherConf
     write_adapter(tmp_path / "lora.safetensors", teacher, recipe={})
     with pytest.raises(ValueError, match=r"carries no sampler recipe \(metadata hyper_sd.sampler\)"):
         evaluate(teacher, settings(), {}, tmp_path / "lora.safetensors", Captions())
+
+
+def test_a_run_is_evaluated_again_and_its_adapter_told_how_to_be_sampled(tmp_path: Path, teacher: TeacherConfig, files: dict[str, Path]):
+    run = write_run(tmp_path / "run", teacher, files)
+    weights = load_file(run / "lora.safetensors")
+    data = DataConfig(kind="scenes", batch_size=1)
+    cfg = settings(judge="embedded", prompts=8, sweep_prompts=8)
+    evaluation = evaluate_again(
+        EvaluateConfig(run=str(run), lora=None, steps=(1, 2), out=None, eval=cfg, teacher=replace(teacher, path="nowhere"), data=data)
+    )
+    report = evaluation.to_json()
+    assert list(report["stages"]) == ["tscd_2", "tscd_1"]
+    assert report["stages"]["tscd_1"]["1"] == report["final"]["1"]
+    fingerprint = inspect_teacher(teacher).fingerprint
+    recipe = read_recipe(run / "lora.safetensors", fingerprint)
+    assert recipe == read_recipe(run / "tscd_1" / "lora.safetensors", fingerprint) == evaluation.choice.final
+    assert recipe_to_json(recipe)["2"] == report["sampler"]["final"]["2"]
+    assert list(read_recipe(run / "tscd_2" / "lora.safetensors", fingerprint)) == [2]
+    after = load_file(run / "lora.safetensors")
+    assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"there is no .*config\.yaml; give the directory of a run"):
+        read_run(tmp_path)
+
+
+def test_one_file_is_evaluated_at_the_steps_it_is_made_for(teacher: TeacherConfig, files: dict[str, Path]):
+    data = DataConfig(kind="scenes", batch_size=1)
+    cfg = EvaluateConfig(
+        run=None, lora=str(files["tscd_2"]), steps=(2,), out=None, eval=settings(judge="embedded", steps=(2,)), teacher=teacher, data=data
+    )
+    report = evaluate_lora(cfg).to_json()
+    assert (list(report["final"]), report["stages"]) == (["2"], {})
+    with pytest.raises(ValueError, match=r"steps=\[1, 2\]: lora=.* is made for 2 steps, not for \[1\]"):
+        evaluate_lora(replace(cfg, eval=settings(judge="embedded")))
+
+
+def test_a_run_or_a_file_not_both(teacher: TeacherConfig):
+    for run, lora in (("a", "b"), (None, None)):
+        with pytest.raises(ValueError, match="run, lora: give one of them"):
+            EvaluateConfig(
+                run=run, lora=lora, steps=(1,), out=None, eval=settings(), teacher=teacher, data=DataConfig(kind="scenes", batch_size=1)
+            )
+
+
+def write_run(folder: Path, teacher: TeacherConfig, files: dict[str, Path]) -> Path:
+    """A finished run's directory, as far as an evaluation reads it."""
+    config = run_config(compose("train", ["recipe=smoke", "~stages.tscd_8", "~stages.tscd_4", "run.dir=elsewhere"]))
+    folder.mkdir()
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(asdict(replace(config, teacher=teacher))))
+    for name, file in files.items():
+        (folder / name).mkdir()
+        shutil.copy(file, folder / name)
+    shutil.copy(files["tscd_1"], folder)
+    return folder
