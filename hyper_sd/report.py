@@ -151,7 +151,7 @@ point</b>: mean squared difference of the latents from the same noise. ± is one
 def _html(run_dir: Path, report: Mapping[str, Any], grids: Sequence[str]) -> str:
     evaluation = report["evaluation"]
     judged = evaluation["floor"] is not None
-    intro = f"{evaluation['prompts']} prompts x {evaluation['draws']} draws, every row on the same prompts and the same noise."
+    intro = f"{evaluation['prompts']} prompts, draws: {evaluation['draws']}; every row on the same prompts and the same noise."
     if judged:
         intro += f" Floor: FD {evaluation['floor']:.3f}, accuracy {evaluation['floor_accuracy']:.3f}."
     parts = [
