@@ -83,7 +83,7 @@ class Bench:
         """Without an engine, on the meta device, the passes can be counted at no cost in memory or time."""
         stage = TSCD(segments=4, guidance=GuidanceRange(min=3.0, max=8.0))
         network = build_network(*network_config(options.teacher), device, DTYPES[options.dtype])
-        forward = engine.forward(network.forward, DTYPES[options.dtype]) if engine else network.forward
+        forward = network.forward
         roles = Roles(network.net, LoraSpec(rank=options.rank), stage.adapters)
         roles.trainable((STUDENT,))
         return cls(stage, network, forward, Context(Denoiser(forward, roles, sd_schedule(), "eps"), roles), options.batch_size)

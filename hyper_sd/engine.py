@@ -6,7 +6,7 @@ The network is never wrapped. Data parallelism is one mean over processes of the
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
-from hyper_sd.denoiser import Forward
-from hyper_sd.guidance import Cond
 from hyper_sd.roles import Role
 
 
@@ -78,19 +76,6 @@ class Engine:
         size = batch_size // parts
         offsets = range(self.rank * size, batch_size, self.world_size * size)
         return [range(start + offset, start + offset + size) for offset in offsets]
-
-    def autocast(self, dtype: torch.dtype) -> AbstractContextManager[Any]:
-        """Compute in the base's dtype: below float32, the float32 adapters take part in it and stay float32 themselves."""
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
-
-    def forward(self, forward: Forward, dtype: torch.dtype) -> Forward:
-        """The network call under `autocast`."""
-
-        def in_precision(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            with self.autocast(dtype):
-                return forward(x_t, t, cond)
-
-        return in_precision
 
     def train(
         self, role: Role, params: Mapping[str, nn.Parameter], optimizer: OptimizerConfig, schedule: LrSchedulerConfig, num_updates: int
@@ -182,7 +167,9 @@ class Engine:
     def _reduce_gradients(self, params: list[nn.Parameter]) -> None:
         if self.world_size == 1:
             return
-        flat = torch.cat([p.grad.flatten() for p in params if p.grad is not None])
+        gradients = [param.grad for param in params if param.grad is not None]
+        assert len(gradients) == len(params), "a trained adapter received no gradient: the objective's loss does not depend on all of it"
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self.world_size
         for param, piece in zip(params, flat.split([p.numel() for p in params]), strict=True):

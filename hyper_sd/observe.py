@@ -68,7 +68,7 @@ class Recorder:
 
     def _images(self, job: Job, role: Role, row: Sampler) -> Tensor:
         pipe, batch_size = self._teacher.pipeline, self._config.eval.batch_size
-        with self._engine.autocast(self._teacher.dtype), job.context.roles.use(role):
+        with job.context.roles.use(role):
             latents = sample(
                 pipe, self._draw.prompts, row, seed=self._draw.seed, image_size=self._teacher.image_size, batch_size=batch_size
             )

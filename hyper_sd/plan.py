@@ -111,8 +111,7 @@ class Run:
         roles = Roles(self.teacher.net, self.spec, tuple(adapters), seed=self.config.seed)
         if self.config.engine.gradient_checkpointing:
             roles.enable_gradient_checkpointing()
-        forward = self.engine.forward(self.teacher.forward, self.teacher.dtype)
-        return Context(Denoiser(forward, roles, self.teacher.schedule, self.teacher.prediction), roles)
+        return Context(Denoiser(self.teacher.forward, roles, self.teacher.schedule, self.teacher.prediction), roles)
 
     @cached_property
     def stock_pipeline(self) -> Any:
