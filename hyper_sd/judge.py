@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hyper_sd.data.scenes import BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, SHAPES, SIZES
+from hyper_sd.data.scenes import ANY, BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, SHAPES, SIZES
 
 ATTRIBUTE_SIZES = (len(SHAPES) + 1,) * NUM_PLACES + (len(COLORS),) * NUM_PLACES + (len(SIZES),) * NUM_PLACES + (len(BACKGROUNDS),)
 NUM_FEATURES = 96
@@ -54,10 +54,15 @@ class Judge(nn.Module):
 
 
 def all_right(found: Tensor, wanted: Tensor) -> Tensor:
-    """Whether every attribute is right, (B,) bool. Colour and size of a place count only where the wanted scene has an object."""
+    """Whether every stated attribute is right, (B,) bool.
+
+    Colour and size of a place count only where an object is wanted. An attribute left open (ANY) is always right, but a shape
+    left open still has to be some shape.
+    """
     present = wanted[:, :NUM_PLACES] != EMPTY
     counts = torch.cat([torch.ones_like(present), present, present, torch.ones_like(present[:, :1])], dim=1)
-    return ((found == wanted) | ~counts).all(dim=1)
+    lacking = (wanted[:, :NUM_PLACES] == ANY) & (found[:, :NUM_PLACES] == EMPTY)
+    return ((found == wanted) | (wanted == ANY) | ~counts).all(dim=1) & ~lacking.any(dim=1)
 
 
 def _block(num_in: int, num_out: int, stride: int) -> tuple[nn.Module, ...]:

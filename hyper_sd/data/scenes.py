@@ -4,7 +4,7 @@ The embedded teacher was trained on them and the demo distils on them. A scene i
 data set has no files, no end and no epoch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ _POSITION_JITTER = (2.4, 1.0)  # pixels to either side, by size
 _RADIUS_JITTER = 0.06  # relative
 _COLOR_JITTER = 0.03  # per channel
 _TWO_OBJECTS = 0.65  # share of scenes with two objects
+_UNSTATED = 0.3  # share of shapes, colours and sizes that the caption leaves open
+_UNSTATED_BACKGROUND = 0.5
+ANY = -1  # the label of an attribute that a caption leaves open
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Scenes:
     """A batch of B scenes. Labels are integer arrays; an empty place has shape label EMPTY and colour and size 0.
 
     shape, color, size: (B, 4), one column a place; background: (B,); jitter: (B, 4, 6) uniform in [-1, 1] for x, y, radius and
-    colour; first: (B,) the place that the caption names first.
+    colour; first: (B,) the place that the caption names first; stated: (B, 13) whether the caption states each of `labels`.
     """
 
     shape: np.ndarray
@@ -57,6 +60,7 @@ class Scenes:
     background: np.ndarray
     jitter: np.ndarray
     first: np.ndarray
+    stated: np.ndarray
 
     def __len__(self) -> int:
         return len(self.background)
@@ -64,6 +68,17 @@ class Scenes:
     def labels(self) -> Tensor:
         """All attributes as one integer tensor (B, 13): shape x4, color x4, size x4, background."""
         return torch.from_numpy(np.concatenate([self.shape, self.color, self.size, self.background[:, None]], axis=1).astype(np.int64))
+
+    def fully_stated(self) -> "Scenes":
+        """The same scenes with captions that leave nothing open."""
+        return replace(self, stated=np.ones_like(self.stated))
+
+    def wanted(self) -> Tensor:
+        """`labels` as far as the captions state them, (B, 13); ANY where they do not. Every place states whether it holds an object."""
+        labels = self.labels()
+        unstated = ~torch.from_numpy(self.stated)
+        unstated[:, :NUM_PLACES] &= labels[:, :NUM_PLACES] != EMPTY
+        return labels.masked_fill(unstated, ANY)
 
 
 def sample_scenes(seed: int, index: np.ndarray) -> Scenes:
@@ -82,11 +97,16 @@ def sample_scenes(seed: int, index: np.ndarray) -> Scenes:
         size[at] = _choice(u[keep, column + 2], len(SIZES))
     jitter = 2 * u[:, 9:].reshape(batch, NUM_PLACES, 6) - 1
     background = _choice(uniforms((seed, 0xBAC6), np.asarray(index), 1)[:, 0], len(BACKGROUNDS))
-    return Scenes(shape, color, size, background, jitter, first)
+    unstated = np.array([_UNSTATED] * 3 * NUM_PLACES + [_UNSTATED_BACKGROUND])
+    stated = uniforms((seed, 0x57A7ED), np.asarray(index), 3 * NUM_PLACES + 1) >= unstated
+    return Scenes(shape, color, size, background, jitter, first, stated)
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """One caption a scene, e.g. 'a large red circle at the top left and a small blue cross at the bottom right on a gray background'."""
+    """One caption a scene, e.g. 'a large red circle at the top left and a small blue cross at the bottom right on a gray background'.
+
+    Places are always named; shape, colour, size and background are left open at random, as in 'a red shape at the top left'.
+    """
     return [_caption(scenes, row) for row in range(len(scenes))]
 
 
@@ -131,12 +151,22 @@ def _coverage(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
 def _caption(scenes: Scenes, row: int) -> str:
     places = [place for place in range(NUM_PLACES) if scenes.shape[row, place] != EMPTY]
     places.sort(key=lambda place: place != scenes.first[row])
-    objects = [
-        f"a {SIZES[scenes.size[row, place]]} {list(COLORS)[scenes.color[row, place]]} "
-        f"{SHAPES[scenes.shape[row, place]]} at the {PLACES[place]}"
-        for place in places
+    phrases = " and ".join(_phrase(scenes, row, place) for place in places)
+    if not scenes.stated[row, 3 * NUM_PLACES]:
+        return phrases
+    return f"{phrases} on a {list(BACKGROUNDS)[scenes.background[row]]} background"
+
+
+def _phrase(scenes: Scenes, row: int, place: int) -> str:
+    shape_stated, color_stated, size_stated = scenes.stated[row, [place, NUM_PLACES + place, 2 * NUM_PLACES + place]]
+    words = [
+        "a",
+        SIZES[scenes.size[row, place]] if size_stated else "",
+        list(COLORS)[scenes.color[row, place]] if color_stated else "",
+        SHAPES[scenes.shape[row, place]] if shape_stated else "shape",
+        f"at the {PLACES[place]}",
     ]
-    return f"{' and '.join(objects)} on a {list(BACKGROUNDS)[scenes.background[row]]} background"
+    return " ".join(word for word in words if word)
 
 
 def _choice(u: np.ndarray, num: int) -> np.ndarray:

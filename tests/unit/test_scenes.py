@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hyper_sd.data.scenes import (
+    ANY,
     BACKGROUNDS,
     COLORS,
     EMPTY,
@@ -94,7 +95,7 @@ def test_every_attribute_is_drawn_evenly_and_half_of_the_scenes_have_two_objects
 
 def test_captions_say_what_the_labels_say() -> None:
     pattern = re.compile(r"a (\w+) (\w+) (\w+) at the (\w+ \w+)")
-    for row, caption in enumerate(captions(SCENES)):
+    for row, caption in enumerate(captions(SCENES.fully_stated())):
         found = [(PLACES.index(p), SHAPES.index(s), list(COLORS).index(c), SIZES.index(z)) for z, c, s, p in pattern.findall(caption)]
         wanted = [
             (p, SCENES.shape[row, p], SCENES.color[row, p], SCENES.size[row, p]) for p in range(NUM_PLACES) if SCENES.shape[row, p] != EMPTY
@@ -102,6 +103,21 @@ def test_captions_say_what_the_labels_say() -> None:
         assert sorted(found) == wanted
         assert found[0][0] == SCENES.first[row]
         assert caption.endswith(f"on a {list(BACKGROUNDS)[SCENES.background[row]]} background")
+
+
+def test_a_caption_names_exactly_what_is_wanted() -> None:
+    wanted = SCENES.wanted()
+    assert torch.equal(wanted[:, :NUM_PLACES] == EMPTY, SCENES.labels()[:, :NUM_PLACES] == EMPTY)
+    for row, caption in enumerate(captions(SCENES)):
+        shape, color, size, (background,) = wanted[row].split((4, 4, 4, 1))
+        words = caption.split()
+        present = shape != EMPTY
+        assert sum(word in SHAPES for word in words) == int((present & (shape != ANY)).sum())
+        assert sum(word in COLORS for word in words) == int((present & (color != ANY)).sum())
+        assert sum(word in SIZES for word in words) == int((present & (size != ANY)).sum())
+        assert (words[-1] == "background") == (background != ANY)
+    open_share = (wanted[:, 3 * NUM_PLACES] == ANY).float().mean()
+    assert 0.4 < open_share < 0.6
 
 
 def test_labels_hold_every_attribute() -> None:

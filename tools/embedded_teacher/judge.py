@@ -62,7 +62,7 @@ def measure_judge(judge: Judge, num: int = 4000) -> dict[str, float]:
     present = labels[:, :NUM_PLACES] != EMPTY
     return {
         "fresh_renders": all_right(found, labels).float().mean().item(),
-        "permuted_captions": all_right(found, labels.roll(1, dims=0)).float().mean().item(),
+        "permuted_captions": all_right(found, scenes.wanted().roll(1, dims=0)).float().mean().item(),
         "one_attribute_changed": all_right(found, change_one(labels)).float().mean().item(),
         "shape_on_blurred": (blurred[:, :NUM_PLACES] == labels[:, :NUM_PLACES])[present].float().mean().item(),
     }

@@ -1,10 +1,12 @@
 """Tokenizer and CLIPTextModel of the embedded teacher.
 
 The text encoder is trained alone, before the UNet, to say what a caption says: at the last word of an object's phrase its
-place, size, colour and shape, at the end of the text every attribute of the scene. Like Stable Diffusion's it is then frozen.
+place, size, colour and shape, at the end of the text every attribute of the scene, and which of them are left open. Like
+Stable Diffusion's it is then frozen.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +14,16 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from hyper_sd.data.scenes import BACKGROUNDS, COLORS, EMPTY, PLACES, SHAPES, SIZES, Scenes, captions, sample_scenes
+from hyper_sd.data.scenes import ANY, BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, PLACES, SHAPES, SIZES, Scenes, captions
 from hyper_sd.judge import ATTRIBUTE_SIZES
 from tools.embedded_teacher.trainer import Plan, fit
+
+Captioned = Callable[[int, np.ndarray], Scenes]
 
 SEED = 21
 BATCH = 128
 MAX_LENGTH = 24
 HIDDEN = 128
-PHRASE_ENDS = (8, 17)  # token index of 'left' or 'right' of the first and the second object
 
 
 def write_tokenizer(path: Path) -> CLIPTokenizer:
@@ -78,41 +81,53 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 class _Reader(nn.Module):
-    """The encoder with the linear heads it is trained through; the heads are thrown away."""
+    """The encoder with the linear heads it is trained through; the heads are thrown away. The last class of each is 'left open'."""
 
     def __init__(self, encoder: CLIPTextModel):
         super().__init__()
         self.encoder = encoder
-        self.scene = nn.Linear(HIDDEN, sum(ATTRIBUTE_SIZES))
-        self.phrase = nn.Linear(HIDDEN, len(PLACES) + len(SIZES) + len(COLORS) + len(SHAPES))
+        self.scene = nn.Linear(HIDDEN, sum(_SCENE))
+        self.phrase = nn.Linear(HIDDEN, sum(_PHRASE))
 
 
-def train_text_encoder(tokenizer: CLIPTokenizer, workdir: Path, steps: int) -> CLIPTextModel:
+_SCENE = tuple(num + 1 for num in ATTRIBUTE_SIZES)
+_PHRASE = (len(PLACES), len(SIZES) + 1, len(COLORS) + 1, len(SHAPES) + 2)
+
+
+def train_text_encoder(
+    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, captioned: Captioned, workdir: Path, name: str, steps: int
+) -> None:
+    """Train `encoder` in place on the captions that `captioned(seed, index)` gives."""
     torch.manual_seed(SEED)
-    reader = _Reader(build_text_encoder(tokenizer))
+    reader = _Reader(encoder)
+    sides = torch.tensor(tokenizer.convert_tokens_to_ids(["left</w>", "right</w>"]))
 
     def loss_at(step: int) -> Tensor:
-        scenes = sample_scenes(SEED, np.arange(step * BATCH, (step + 1) * BATCH))
+        scenes = captioned(SEED, np.arange(step * BATCH, (step + 1) * BATCH))
         ids = tokenize(tokenizer, captions(scenes))
-        hidden = reader.encoder(ids).last_hidden_state
+        hidden = encoder(ids).last_hidden_state
         end = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
-        scene = reader.scene(hidden[torch.arange(BATCH), end]).split(ATTRIBUTE_SIZES, dim=1)
-        loss = sum(nn.functional.cross_entropy(logits, label) for logits, label in zip(scene, scenes.labels().T, strict=True))
-        for order, position in enumerate(PHRASE_ENDS):
-            loss = loss + _phrase_loss(reader.phrase(hidden[:, position]), scenes, order)
-        return loss
+        loss = _cross_entropy(reader.scene(hidden[torch.arange(BATCH), end]), scenes.wanted(), _SCENE)
+        rows, positions = torch.isin(ids, sides).nonzero().T  # the last words of all phrases, in the order of the captions
+        first = torch.cat([torch.ones(1, dtype=torch.bool), rows[1:] != rows[:-1]])
+        return loss + _cross_entropy(reader.phrase(hidden[rows, positions]), _phrase_labels(scenes, rows, first), _PHRASE)
 
-    fit(Plan(name="text", steps=steps, lr=2e-3), reader, loss_at, workdir)
-    return reader.encoder
+    fit(Plan(name=name, steps=steps, lr=2e-3), reader, loss_at, workdir)
 
 
-def _phrase_loss(logits: Tensor, scenes: Scenes, order: int) -> Tensor:
-    """Cross entropy of place, size, colour and shape of the first (order 0) or second object, over the captions that have it."""
-    others = np.arange(4)[None] != scenes.first[:, None]
-    present = (scenes.shape != EMPTY) & others
-    place = scenes.first if order == 0 else present.argmax(axis=1)
-    rows = np.arange(len(scenes)) if order == 0 else np.flatnonzero(present.any(axis=1))
-    at = (rows, place[rows])
-    targets = (place[rows], scenes.size[at], scenes.color[at], scenes.shape[at])
-    parts = logits[rows].split((len(PLACES), len(SIZES), len(COLORS), len(SHAPES)), dim=1)
-    return sum(nn.functional.cross_entropy(part, torch.from_numpy(target)) for part, target in zip(parts, targets, strict=True))
+def _phrase_labels(scenes: Scenes, rows: Tensor, first: Tensor) -> Tensor:
+    """Place, size, colour and shape of each phrase; ANY where the caption leaves them open. `first` tells a caption's first phrase."""
+    others = (scenes.shape != EMPTY) & (np.arange(NUM_PLACES)[None] != scenes.first[:, None])
+    place = torch.where(first, torch.from_numpy(scenes.first)[rows], torch.from_numpy(others.argmax(axis=1))[rows])
+    wanted = scenes.wanted()[rows]
+    at = torch.arange(len(rows))
+    return torch.stack([place, wanted[at, 2 * NUM_PLACES + place], wanted[at, NUM_PLACES + place], wanted[at, place]], dim=1)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The sum over attributes of the mean cross entropy; the label ANY is the last class."""
+    losses = [
+        nn.functional.cross_entropy(part, torch.where(label == ANY, num - 1, label))
+        for part, label, num in zip(logits.split(sizes, dim=1), labels.T, sizes, strict=True)
+    ]
+    return torch.stack(losses).sum()

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hyper_sd.data.scenes import captions, sample_scenes
+from hyper_sd.data.scenes import captions
 from hyper_sd.randomness import generator
-from tools.embedded_teacher.text import HIDDEN, tokenize
+from tools.embedded_teacher.text import HIDDEN, Captioned, tokenize
 from tools.embedded_teacher.trainer import Plan, fit
 from tools.embedded_teacher.vae import LATENT_CHANNELS, encode_scenes
 
@@ -40,12 +40,17 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def train_unet(
-    vae: AutoencoderKL, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, workdir: Path, steps: int
-) -> UNet2DConditionModel:
-    torch.manual_seed(SEED)
-    unet = build_unet()
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    captioned: Captioned,
+    workdir: Path,
+    plan: Plan,
+) -> None:
+    """Train `unet` in place on latents of scenes and the captions that `captioned(seed, index)` gives."""
     vae, text_encoder = vae.eval(), text_encoder.eval()
-    latents, ids = _bank(vae, tokenizer)
+    latents, ids = _bank(vae, tokenizer, captioned)
     empty = tokenize(tokenizer, [""])
     alphas_cumprod = noise_schedule().alphas_cumprod
     snr = alphas_cumprod / (1 - alphas_cumprod)
@@ -66,14 +71,13 @@ def train_unet(
         error = output.float() - noise
         return (weight[t] * error.square().mean((1, 2, 3))).mean()
 
-    plan = Plan(name="unet", steps=steps, lr=1e-3, warmup=300, ema_decay=0.999, weight_decay=0.01)
-    return fit(plan, unet, loss_at, workdir)
+    fit(plan, unet, loss_at, workdir)
 
 
-def _bank(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
+def _bank(vae: AutoencoderKL, tokenizer: CLIPTokenizer, captioned: Captioned) -> tuple[Tensor, Tensor]:
     latents, ids = [], []
     for start in range(0, BANK, 64):
         index = np.arange(start, start + 64)
         latents.append(encode_scenes(vae, SEED, index).half())
-        ids.append(tokenize(tokenizer, captions(sample_scenes(SEED, index))))
+        ids.append(tokenize(tokenizer, captions(captioned(SEED, index))))
     return torch.cat(latents), torch.cat(ids)
