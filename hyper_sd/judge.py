@@ -11,30 +11,40 @@ from torch import Tensor, nn
 from hyper_sd.data.scenes import ANY, BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, SHAPES, SIZES
 
 ATTRIBUTE_SIZES = (len(SHAPES) + 1,) * NUM_PLACES + (len(COLORS),) * NUM_PLACES + (len(SIZES),) * NUM_PLACES + (len(BACKGROUNDS),)
-NUM_FEATURES = 96
+NUM_FEATURES = 64
+_NUM_HIDDEN = 96
+_POOLED_LAYERS = 9  # three blocks of convolution, norm and ReLU
 WEIGHTS = "judge.safetensors"
 
 
 class Judge(nn.Module):
-    """Images (B, 3, 32, 32) in [0, 1] to features (B, 96) and, from those alone, to the logits of the 13 attributes."""
+    """Images (B, 3, 32, 32) in [0, 1] to the logits of the 13 attributes, and to features for a Fréchet distance.
+
+    The features are those of a classifier's middle, as the Inception features of FID are pooled ones: its last layer is trained not
+    to see what does not matter for the attributes, such as blur and blotches.
+    """
+
+    feature_std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.convs = nn.Sequential(
             *_block(3, 32, stride=1),
             *_block(32, 48, stride=2),
-            *_block(48, 64, stride=1),
-            *_block(64, 64, stride=2),
+            *_block(48, NUM_FEATURES, stride=1),
+            *_block(NUM_FEATURES, 64, stride=2),
             nn.Flatten(),
         )
-        self.to_features = nn.Sequential(nn.Linear(64 * 8 * 8, NUM_FEATURES), nn.ReLU())
-        self.to_logits = nn.Linear(NUM_FEATURES, sum(ATTRIBUTE_SIZES))
+        self.to_hidden = nn.Sequential(nn.Linear(64 * 8 * 8, _NUM_HIDDEN), nn.ReLU())
+        self.to_logits = nn.Linear(_NUM_HIDDEN, sum(ATTRIBUTE_SIZES))
+        self.register_buffer("feature_std", torch.ones(NUM_FEATURES))
 
     def features(self, images: Tensor) -> Tensor:
-        return self.to_features(self.convs(2 * images - 1))
+        """(B, 64): the mean over positions of the third block's activations, each of unit variance on renders."""
+        return self.convs[:_POOLED_LAYERS](2 * images - 1).mean((2, 3)) / self.feature_std
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.to_logits(self.features(images)).split(ATTRIBUTE_SIZES, dim=1)
+        return self.to_logits(self.to_hidden(self.convs(2 * images - 1))).split(ATTRIBUTE_SIZES, dim=1)
 
     @torch.no_grad()
     def attributes(self, images: Tensor) -> Tensor:

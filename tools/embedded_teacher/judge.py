@@ -41,14 +41,9 @@ def train_judge(workdir: Path, steps: int) -> Judge:
 
 @torch.no_grad()
 def standardise(judge: Judge) -> None:
-    """Give every feature unit variance on renders, and the logits the inverse: no feature outweighs others in a Fréchet distance."""
+    """Give every feature unit variance on renders, so that none outweighs the others in a Fréchet distance."""
     features = torch.cat([judge.features(render(sample_scenes(SEED + 2, np.arange(i, i + 512)))) for i in range(0, 8192, 512)])
-    scale = features.std(dim=0).clamp(min=1e-3 * float(features.std()))
-    linear = judge.to_features[0]
-    assert isinstance(linear, nn.Linear)
-    linear.weight /= scale[:, None]
-    linear.bias /= scale
-    judge.to_logits.weight *= scale
+    judge.feature_std *= features.std(dim=0).clamp(min=1e-3 * float(features.std()))
 
 
 @torch.no_grad()
