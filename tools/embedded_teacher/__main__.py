@@ -20,7 +20,7 @@ from tools.embedded_teacher.trainer import Plan
 from tools.embedded_teacher.unet import build_unet, noise_schedule, train_unet
 from tools.embedded_teacher.vae import psnr, train_vae
 
-STEPS = {"vae": 2600, "judge": 1400, "text": 1200, "unet": 4500, "text_open": 900, "unet_open": 2000}
+STEPS = {"vae": 2600, "judge": 1400, "text": 1200, "unet": 4500, "text_open": 900, "unet_open": 2000, "unet_restart": 1600}
 
 
 def main() -> None:
@@ -45,9 +45,10 @@ def train_conditional(vae: AutoencoderKL, tokenizer: CLIPTokenizer, workdir: Pat
     """Text encoder and UNet: first on captions that state everything, then on those that leave much open."""
     torch.manual_seed(0)
     text_encoder, unet = build_text_encoder(tokenizer), build_unet()
-    for suffix, captioned, lr in (("", sample_all_stated, 1e-3), ("_open", sample_scenes, 7e-4)):
-        train_text_encoder(tokenizer, text_encoder, captioned, workdir, f"text{suffix}", STEPS[f"text{suffix}"])
-        plan = Plan(name=f"unet{suffix}", steps=STEPS[f"unet{suffix}"], lr=lr, warmup=100, ema_decay=0.998, weight_decay=0.01)
+    for name, captioned, lr in (("", sample_all_stated, 1e-3), ("_open", sample_scenes, 7e-4), ("_restart", sample_scenes, 6e-4)):
+        if f"text{name}" in STEPS:
+            train_text_encoder(tokenizer, text_encoder, captioned, workdir, f"text{name}", STEPS[f"text{name}"])
+        plan = Plan(name=f"unet{name}", steps=STEPS[f"unet{name}"], lr=lr, warmup=100, ema_decay=0.998, weight_decay=0.01)
         train_unet(unet, vae, text_encoder, tokenizer, captioned, workdir, plan)
     return text_encoder, unet
 

@@ -12,7 +12,7 @@ from hyper_sd.judge import Judge, all_right
 from hyper_sd.metrics import Gaussian, frechet_jackknife
 
 SEED = 51
-GUIDANCES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+GUIDANCES = (2.0, 3.0, 4.0)
 FEW_STEP_GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 
 
