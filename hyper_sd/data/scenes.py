@@ -99,13 +99,17 @@ def sample_scenes(seed: int, index: np.ndarray) -> Scenes:
     background = _choice(uniforms((seed, 0xBAC6), np.asarray(index), 1)[:, 0], len(BACKGROUNDS))
     unstated = np.array([_UNSTATED] * 3 * NUM_PLACES + [_UNSTATED_BACKGROUND])
     stated = uniforms((seed, 0x57A7ED), np.asarray(index), 3 * NUM_PLACES + 1) >= unstated
+    open_shape = ~stated[:, :NUM_PLACES] & (shape != EMPTY)  # at most one, and then no background: a caption has 24 tokens
+    stated[rows, second] |= open_shape.sum(axis=1) == 2
+    stated[:, 3 * NUM_PLACES] &= ~open_shape.any(axis=1)
     return Scenes(shape, color, size, background, jitter, first, stated)
 
 
 def captions(scenes: Scenes) -> list[str]:
     """One caption a scene, e.g. 'a large red circle at the top left and a small blue cross at the bottom right on a gray background'.
 
-    Places are always named; shape, colour, size and background are left open at random, as in 'a red shape at the top left'.
+    Places are always named; shape, colour, size and background are left open at random, as in 'a red shape at the top left'. At
+    most one shape is left open in a caption, which then does not name the background.
     """
     return [_caption(scenes, row) for row in range(len(scenes))]
 

@@ -117,7 +117,8 @@ def test_a_caption_names_exactly_what_is_wanted() -> None:
         assert sum(word in SIZES for word in words) == int((present & (size != ANY)).sum())
         assert (words[-1] == "background") == (background != ANY)
     open_share = (wanted[:, 3 * NUM_PLACES] == ANY).float().mean()
-    assert 0.4 < open_share < 0.6
+    assert 0.6 < open_share < 0.8
+    assert ((wanted[:, :NUM_PLACES] == ANY).sum(1) <= 1).all()
 
 
 def test_labels_hold_every_attribute() -> None:
