@@ -1,0 +1,111 @@
+"""Every recipe trains two steps a stage, on tiny pipelines of the real classes and on real files."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from hyper_sd.cli import compose, literal
+from hyper_sd.config import run_config
+from hyper_sd.data.scenes import captions, render, sample_scenes
+from hyper_sd.plan import run_plan
+from hyper_sd.report import to_image
+from tests.runs import STAGES
+from tests.tiny import tiny_sd15, tiny_sdxl
+
+SHORT = [f"stages.{stage}.max_steps=2" for stage in STAGES]
+
+
+def train(*overrides: str) -> None:
+    run_plan(run_config(compose("train", [literal(text) for text in overrides])))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight captioned PNG files."""
+    folder = tmp_path_factory.mktemp("photos")
+    scenes = sample_scenes(0, np.arange(8))
+    for number, (image, caption) in enumerate(zip(render(scenes), captions(scenes), strict=True)):
+        to_image(image).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same in two tar files."""
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for number in range(4 * shard, 4 * shard + 4):
+                for suffix in ("png", "txt"):
+                    content = (photos / f"{number}.{suffix}").read_bytes()
+                    member = tarfile.TarInfo(f"{number}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return str(folder / "{0..1}.tar")
+
+
+def check_run(run_dir: Path, rank: int) -> None:
+    for stage in STAGES:
+        with safe_open(run_dir / stage / "lora.safetensors", framework="pt") as file:
+            assert {file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_down" in name} == {rank}  # noqa: SIM118 - no dict
+        assert (run_dir / stage / "grid.png").stat().st_size > 0
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "finished"
+
+
+def test_sd15_with_another_size_channel_count_and_vocabulary(photos: Path, tmp_path: Path) -> None:
+    teacher = tiny_sd15(
+        tmp_path / "teacher", image_size=64, latent_channels=3, vocabulary=("a", "photo", "of", "fox"), prediction_type="v_prediction"
+    )
+    run_dir = tmp_path / "run"
+    data = ["data=folder", f"data.path={photos}", "data.batch_size=2", "engine.accumulation=1"]
+    train("recipe=sd15", f"teacher.path={teacher}", *data, *SHORT, f"run.dir={run_dir}", "eval.prompts=4", "eval.judge=null", "lora.rank=8")
+    check_run(run_dir, rank=8)
+    report = json.loads((run_dir / "report.json").read_text())
+    assert report["final"]["1"]["mse_to_teacher"] >= 0 and report["final"]["1"]["accuracy"] is None
+
+
+def test_sdxl_from_shards(shards: str, tmp_path: Path) -> None:
+    teacher, run_dir = tiny_sdxl(tmp_path / "teacher"), tmp_path / "run"
+    data = ["data=webdataset", f"data.path={shards}", "data.batch_size=2", "engine.accumulation=2"]
+    train("recipe=sdxl", f"teacher.path={teacher}", *data, *SHORT, f"run.dir={run_dir}", "eval.prompts=0", "lora.rank=8")
+    check_run(run_dir, rank=8)
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_long"])
+def test_demo_recipes(recipe: str, tmp_path: Path) -> None:
+    teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
+    tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64"]
+    train(f"recipe={recipe}", *tiny, *SHORT, f"run.dir={run_dir}")
+    check_run(run_dir, rank=32)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_trackers(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
+    tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=0", "eval.judge=null", "eval.teacher_steps=2", "only=[tscd_8]"]
+    train("recipe=smoke", *tiny, "stages.tscd_8.max_steps=2", f"run.dir={run_dir}", f"tracker={tracker}")
+    written = list(run_dir.rglob("events.out.tfevents*" if tracker == "tensorboard" else "offline-run-*"))
+    assert written
+
+
+@pytest.mark.slow
+def test_the_ablation_makes_its_table(tmp_path: Path) -> None:
+    from hyper_sd.ablation import run_ablation
+
+    teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
+    tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64", "lora.rank=4"]
+    cfg = compose("train", ["recipe=demo_ablation", "seeds=2", *tiny, *SHORT, "baseline.consistency.max_steps=8", f"run.dir={run_dir}"])
+    run_ablation(run_config(cfg))
+    results = json.loads((run_dir / "ablation.json").read_text())
+    assert all(len(values) == 2 for row in results["segmented"].values() for values in row.values())
+    assert "| final at 2 steps | accuracy |" in (run_dir / "ablation.md").read_text()
+    with pytest.raises(ValueError, match="baseline"):
+        run_ablation(run_config(compose("train", ["recipe=demo_ablation", *SHORT, f"run.dir={run_dir}"])))
