@@ -1,0 +1,84 @@
+"""The commands of the README, as a user types them, with recipe=smoke on the embedded teacher."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from tests.runs import ROOT, STAGES
+
+pytestmark = pytest.mark.slow
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    """Started from another directory, so that nothing depends on the current one."""
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smoke")
+    started = time.monotonic()
+    run("train", "recipe=smoke", cwd=folder)
+    assert time.monotonic() - started < 150  # under 60 s on a free machine
+    return folder / "outputs" / "smoke"
+
+
+def test_the_report_keeps_its_contract(smoke: Path) -> None:
+    report = json.loads((smoke / "report.json").read_text())
+    figures = {"accuracy", "frechet", "gap", "mse_to_teacher"}
+    assert report["teacher"]["guidance"] == 3.0
+    assert all(figures <= report["final"][steps].keys() for steps in ("1", "2", "4", "8"))
+    assert {"1", "2", "4", "8"} <= report["teacher"].keys()
+    assert [stage for stage in STAGES if set(report["stages"][stage]) >= {stage.removeprefix("tscd_")}] == list(STAGES)
+    assert {"prompts", "draws", "floor"} <= report["evaluation"].keys()
+    assert report["engine"] == {"type": "plain", "world_size": 1, "backend": None, "device": report["engine"]["device"]}
+    assert report["resumed_from"] == [] and report["wall_s"] > 0 and report["peak_rss_bytes"] > 0
+    assert len(report["grid_prompts"]) > 0 and "final" in report["sampler"]
+    assert (smoke / "report.html").stat().st_size > 10_000
+
+
+def test_pictures(smoke: Path) -> None:
+    for folder in (smoke, *(smoke / stage for stage in STAGES)):
+        with Image.open(folder / "grid.png") as picture:
+            assert picture.width > 300 and len(picture.getcolors(maxcolors=1 << 24) or []) > 100
+
+
+def test_sample(smoke: Path, tmp_path: Path) -> None:
+    prompt = "a large red circle at the top left and a small blue cross at the bottom right"
+    run("sample", f"lora={smoke / 'lora.safetensors'}", f"prompt={prompt}", "steps=4", f"out={tmp_path / 'image.png'}", cwd=tmp_path)
+    with Image.open(tmp_path / "image.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_evaluate(smoke: Path, tmp_path: Path) -> None:
+    small = ["eval.prompts=8", "eval.draws=1", "eval.sweep_prompts=0", "eval.teacher_steps=4", "eval.reference=64"]
+    table = run("evaluate", f"lora={smoke / 'lora.safetensors'}", "steps=[1,2]", *small, cwd=tmp_path)
+    assert "final, 2 steps" in table and "teacher, 4 steps" in table
+
+
+def test_export(smoke: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    run("export", f"run={smoke}", "stage=tscd_2", "format=diffusers", "dtype=fp16", f"out={out}", cwd=tmp_path)
+    with safe_open(out, framework="pt") as file:
+        assert all(file.get_slice(name).get_dtype() == "F16" for name in file.keys())  # noqa: SIM118 - no dict
+
+
+def test_a_second_run_in_the_same_directory_is_refused_and_resume_does_no_work(smoke: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "recipe=smoke", f"run.dir={smoke}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    refused = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "resume=auto" in refused.stderr and "run.dir" in refused.stderr
+    before = (smoke / "report.json").read_bytes()
+    run("train", "recipe=smoke", f"run.dir={smoke}", "resume=auto", cwd=tmp_path)
+    assert (smoke / "report.json").read_bytes() == before
