@@ -47,6 +47,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
 
         @functools.wraps(main)
         def command() -> None:
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it says, at every start, that torchvision is missing
             args = get_args_parser().parse_args()
             if args.experimental_rerun is not None:
                 fail("--experimental-rerun is not supported: it would load a pickle")

@@ -4,15 +4,18 @@ import hashlib
 import inspect
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from hyper_sd.config import TeacherConfig
 from hyper_sd.guidance import Cond
@@ -132,10 +135,26 @@ def load_stock_pipeline(cfg: TeacherConfig, family: type[Teacher], dtypes: Mappi
     """A fresh stock pipeline, safety checker off; `dtypes` by component, and "default". Reads safetensors only, never a pickle."""
     path, options = _location(cfg)
     unused: dict[str, None] = dict.fromkeys(family.unused_components)
+    local = "local_files_only" in options
     try:
-        return DiffusionPipeline.from_pretrained(path, **options, **unused, variant=cfg.variant, dtype=dict(dtypes), use_safetensors=True)
+        with _no_progress_bars() if local else nullcontext():  # those of a download are worth seeing
+            return DiffusionPipeline.from_pretrained(
+                path, **options, **unused, variant=cfg.variant, dtype=dict(dtypes), use_safetensors=True
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"teacher.path={cfg.path}: the pipeline cannot be loaded (teacher.variant={cfg.variant}): {error}") from error
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    loggers = (diffusers_logging, transformers_logging)
+    for logger in loggers:
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.enable_progress_bar()
 
 
 def _location(cfg: TeacherConfig) -> tuple[str, dict[str, Any]]:
