@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hyper_sd.checkpoint import write_json
 from hyper_sd.config import RunConfig, RunDirConfig
 from hyper_sd.engine import Engine
+from hyper_sd.files import replace_file, write_json
 from hyper_sd.measure import Draw, Evaluator, Job, Row, make_draw
 from hyper_sd.plan import LORA, train_plan
 from hyper_sd.sample import lcm_row, read_recipe
@@ -30,7 +30,7 @@ def run_ablation(config: RunConfig) -> None:
     results = measure(config)
     write_json(folder / "ablation.json", results)
     text = table(results)
-    (folder / "ablation.md").write_text(text)
+    replace_file(folder / "ablation.md", text.encode())
     print(text, flush=True)
 
 

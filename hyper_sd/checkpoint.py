@@ -6,10 +6,11 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hyper_sd.files import fsync
 
 MANIFEST = "manifest.json"
 _ADAPTERS, _OPTIMIZER, _STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
@@ -78,22 +79,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         adapter, _, name = key.partition("/")
         adapters.setdefault(adapter, {})[name] = value
     return Checkpoint(state["step"], adapters, load_file(path / _OPTIMIZER), state["updates"])
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Replace a json file as a whole."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    fsync(partial)
-    os.replace(partial, path)
-
-
-def fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _complete(folder: Path) -> list[Path]:

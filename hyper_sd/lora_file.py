@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hyper_sd.files import fsync
 from hyper_sd.lora_metadata import DIFFUSERS_KEY, LoraInfo, diffusers_metadata, to_info, to_metadata, to_targets, with_recipe
 from hyper_sd.lora_metadata import SamplerRecipe as SamplerRecipe
 from hyper_sd.lora_metadata import SamplerRow as SamplerRow
@@ -299,21 +300,13 @@ def _atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            _fsync(temporary)
+            fsync(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _fsync(path.parent)
+        fsync(path.parent)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the LoRA cannot be written to {path}: {error}; choose another out (export) or run.dir (training)") from error
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sort_header(path: Path) -> None:

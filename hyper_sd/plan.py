@@ -1,6 +1,5 @@
 """A run: the stages of the plan one after the other, the adapter handed on from each to the next, then the report."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.evaluate import evaluate_run
 from hyper_sd.export import export_lora, lora_info
+from hyper_sd.files import replace_file
 from hyper_sd.loop import Feed, Job, fit
 from hyper_sd.lora_file import DTYPES, inspect_lora, read_lora
 from hyper_sd.measure import NUM_GRID, check_judge, make_draw
@@ -141,9 +141,7 @@ class Run:
         recorder.close()
         assert handed is not None
         if self.engine.is_main:
-            partial = self.folder.path / f".{LORA}"
-            shutil.copyfile(handed, partial)
-            partial.replace(self.folder.path / LORA)
+            replace_file(self.folder.path / LORA, handed.read_bytes())
         return True
 
     def _start_from(self, handed: Path | None, stage: Stage) -> None:

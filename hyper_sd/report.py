@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from hyper_sd.files import replace_file
 
 RUN_FACTS = ("engine", "resumed_from", "wall_s", "peak_rss_bytes")  # what only the training run itself can know
 
@@ -33,8 +34,8 @@ def write(run_dir: Path, results: Mapping[str, Any], grids: Mapping[str, Mapping
     prompts = report["grid_prompts"]
     for name, columns in grids.items():
         save_grid(_grid_path(run_dir, name, report), columns, prompts)
-    _write(run_dir / "report.html", _html(run_dir, report, list(grids)).encode())
-    _write(run_dir / "report.json", text.encode())
+    replace_file(run_dir / "report.html", _html(run_dir, report, list(grids)).encode())
+    replace_file(run_dir / "report.json", text.encode())
     return report
 
 
@@ -50,7 +51,7 @@ def save_grid(path: Path, columns: Mapping[str, Tensor], prompts: Sequence[str])
     image = draw_grid(columns, prompts)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    _write(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 def draw_grid(columns: Mapping[str, Tensor], prompts: Sequence[str]) -> Image.Image:
@@ -204,10 +205,3 @@ def _value(value: Any) -> str:
 
 def _json_block(value: Any) -> str:
     return f"<pre>{html.escape(json.dumps(value, indent=1))}</pre>"
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from hyper_sd.checkpoint import write_json
 from hyper_sd.config import RunConfig
+from hyper_sd.files import write_json
 
 _STATUS_EVERY_S = 5.0
 

@@ -1,0 +1,29 @@
+"""Files that are whole or not there: a temporary sibling, flushed to the disk, then renamed."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write `content` under the name `path`; what was there before stays until the new file is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    fsync(partial)
+    os.replace(partial, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Raises ValueError for numbers that are not finite, which json cannot hold."""
+    replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def fsync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
