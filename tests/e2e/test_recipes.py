@@ -64,7 +64,16 @@ def test_sd15_with_another_size_channel_count_and_vocabulary(photos: Path, tmp_p
     )
     run_dir = tmp_path / "run"
     data = ["data=folder", f"data.path={photos}", "data.batch_size=2", "engine.accumulation=1"]
-    train("recipe=sd15", f"teacher.path={teacher}", *data, *SHORT, f"run.dir={run_dir}", "eval.prompts=4", "eval.judge=null", "lora.rank=8")
+    train(
+        "recipe=sd15",
+        f"teacher.path={teacher}",
+        *data,
+        *SHORT,
+        f"run.dir={run_dir}",
+        "eval.prompts=4",
+        "eval.teacher_steps=2",
+        "lora.rank=8",
+    )
     check_run(run_dir, rank=8)
     report = json.loads((run_dir / "report.json").read_text())
     assert report["final"]["1"]["mse_to_teacher"] >= 0 and report["final"]["1"]["accuracy"] is None
@@ -73,7 +82,16 @@ def test_sd15_with_another_size_channel_count_and_vocabulary(photos: Path, tmp_p
 def test_sdxl_from_shards(shards: str, tmp_path: Path) -> None:
     teacher, run_dir = tiny_sdxl(tmp_path / "teacher"), tmp_path / "run"
     data = ["data=webdataset", f"data.path={shards}", "data.batch_size=2", "engine.accumulation=2"]
-    train("recipe=sdxl", f"teacher.path={teacher}", *data, *SHORT, f"run.dir={run_dir}", "eval.prompts=0", "lora.rank=8")
+    train(
+        "recipe=sdxl",
+        f"teacher.path={teacher}",
+        *data,
+        *SHORT,
+        f"run.dir={run_dir}",
+        "eval.prompts=0",
+        "eval.teacher_steps=2",
+        "lora.rank=8",
+    )
     check_run(run_dir, rank=8)
 
 
