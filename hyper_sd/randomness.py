@@ -25,7 +25,6 @@ class Purpose(IntEnum):
     OFFSET_NOISE = 4
     GUIDANCE = 5
     DROP_CAPTION = 6
-    ENCODE = 7
     EPOCH_ORDER = 8
     SAMPLE = 9
 

@@ -23,7 +23,6 @@ from hyper_sd.sample import (
     lcm_row,
     recipe_from_json,
     recipe_to_json,
-    rollout,
     sample,
     stage_recipe,
     tcd_row,
@@ -32,6 +31,7 @@ from hyper_sd.sample import (
 from hyper_sd.schedule import SolverGrid
 from hyper_sd.teachers import load_pipeline, load_teacher
 from tests.adapters import ADAPTER, random_denoiser, teacher_config, write_adapter
+from tests.rollout import rollout
 from tests.tiny import BETAS, tiny_sd15, tiny_sdxl
 
 PROMPTS = ["a red circle", "a blue square on a red background", "circle", "", "a blue circle"]

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +32,9 @@ def fit(plan: Plan, model: nn.Module, loss_at: Callable[[int], Tensor], workdir:
     """
     params = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(params.values(), lr=plan.lr, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
-    schedule = LambdaLR(optimizer, lambda step: _rate(plan, step))
     average = {name: value.detach().clone() for name, value in params.items()}
     path = workdir / f"{plan.name}.safetensors"
     start = _load(path, params, average, optimizer)
-    schedule.last_epoch = start
     started = saved = time.monotonic()
     recent: list[Tensor] = []
     for step in range(start, plan.steps):
