@@ -82,6 +82,8 @@ def multirun(config_name: str, args: argparse.Namespace, overrides: Sequence[str
     """Run every combination of the comma-separated values in its own process and run.dir; the exit code is 1 if any failed."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         fail(f"--multirun starts its own processes and cannot run under a launcher with WORLD_SIZE={os.environ['WORLD_SIZE']}")
+    if config_name != "train":
+        fail("--multirun is for scripts/train.py: only training runs have a run.dir for each job")
     jobs = list(_jobs(overrides))
     configs = [compose(config_name, job, args) for _, job in jobs]
     flags = _without(sys.argv[1:], [*args.overrides, "-m", "--multirun"])

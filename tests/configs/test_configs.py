@@ -411,3 +411,9 @@ def test_a_stopped_multirun_lets_the_job_save_and_starts_no_other(tmp_path: Path
     output, _ = process.communicate(timeout=30)
     assert (tmp_path / "saved").exists() and process.returncode == 1
     assert output.count("RUN") == 1 and "resume=auto" in output
+
+
+def test_only_training_can_be_swept(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "export.py"), "-m", "run=a,b"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "scripts/train.py" in done.stderr and "Traceback" not in done.stderr
