@@ -10,6 +10,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
 BIN := $(VENV)/bin
+LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file configs/accelerate/cpu_2proc.yaml
 STAMP := $(VENV)/.installed
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -17,10 +18,10 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
-	$(BIN)/python scripts/train.py resume=auto $(ARGS)
+	$(LAUNCH) scripts/train.py resume=auto $(ARGS)
 
 evaluate: $(STAMP)
-	$(BIN)/python scripts/evaluate.py run=outputs/demo $(ARGS)
+	$(LAUNCH) scripts/evaluate.py run=outputs/demo $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)

@@ -11,6 +11,7 @@ from hyper_sd.engine import Engine
 from hyper_sd.files import replace_file, write_json
 from hyper_sd.measure import Draw, Evaluator, Job, Row, make_draw
 from hyper_sd.plan import LORA, train_plan
+from hyper_sd.processes import Processes
 from hyper_sd.sample import lcm_row, read_recipe
 from hyper_sd.teachers import inspect_teacher
 
@@ -23,15 +24,14 @@ def run_ablation(config: RunConfig) -> None:
     check_equal_cost(config)
     engine = Engine(config.engine)
     finished = [train_plan(run, engine) is not None for _, _, run in runs_of(config)]
+    if all(finished):
+        results = measure(config, engine)
+        if engine.is_main:
+            folder, text = Path(config.run.dir), table(results)
+            write_json(folder / "ablation.json", results)
+            replace_file(folder / "ablation.md", text.encode())
+            print(text, flush=True)
     engine.close()
-    if not (engine.is_main and all(finished)):
-        return
-    folder = Path(config.run.dir)
-    results = measure(config)
-    write_json(folder / "ablation.json", results)
-    text = table(results)
-    replace_file(folder / "ablation.md", text.encode())
-    print(text, flush=True)
 
 
 def check_equal_cost(config: RunConfig) -> None:
@@ -54,10 +54,10 @@ def runs_of(config: RunConfig) -> Iterator[tuple[str, int, RunConfig]]:
             yield plan, seed, replace(config, name=f"{plan}_seed{seed}", seed=seed, run=run_dir, stages=stages, baseline={}, seeds=None)
 
 
-def measure(config: RunConfig) -> dict[str, Any]:
+def measure(config: RunConfig, processes: Processes) -> dict[str, Any]:
     """Figures by plan, row and seed; every row on the same prompts and the same noise."""
     draw = make_draw(config.eval, 0, config.eval.prompts)
-    evaluator = Evaluator.open(config.teacher, config.eval)
+    evaluator = Evaluator.open(config.teacher, config.eval, processes)
     jobs = {(plan, row, seed): job for plan, seed, run in runs_of(config) for row, job in _jobs(plan, run, evaluator).items()}
     rows = evaluator.measure(jobs, [draw], evaluator.end_points([draw]))
     return {

@@ -146,7 +146,10 @@ class TrackerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """One stage of a run. `method` holds `_target_` and the fields of that dataclass, for `build_target`; the rest is how it is trained."""
+    """One stage of a run. `method` holds `_target_` and the fields of that dataclass, for `build_target`; the rest is how it is trained.
+
+    `optimizers` are those of single adapters, for a stage that trains several; `optimizer` is that of all others.
+    """
 
     name: str
     method: dict[str, Any]
@@ -154,6 +157,7 @@ class StagePlan:
     batch_size: Count
     optimizer: OptimizerConfig
     lr_scheduler: LrSchedulerConfig
+    optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

@@ -1,24 +1,22 @@
-"""Everything that depends on devices and processes: launch checks, precision, backward, gradient reduction, one optimizer a role.
+"""What trains adapters on any number of processes: backward, gradient reduction, clipping, one optimizer a role.
 
 The network is never wrapped. Data parallelism is one mean over processes of the trained adapters' gradients, in `step`.
 """
 
-import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
+from hyper_sd.processes import Processes
 from hyper_sd.roles import Role
 
 
@@ -33,34 +31,13 @@ class _Trained:
     updates: int = 0
 
 
-class Engine:
-    """One process of a run. Raises RuntimeError if fewer processes joined than the launcher started."""
+class Engine(Processes):
+    """The processes of a run, with what trains adapters in them."""
 
     def __init__(self, config: EngineConfig):
+        super().__init__(config.cpu_threads)
         self.config = config
-        on_cpu = not torch.cuda.is_available()
-        self.accelerator = Accelerator(cpu=on_cpu)
-        self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        expected = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world_size != expected:
-            raise RuntimeError(
-                f"the launcher started {expected} processes but {self.world_size} joined; use one of configs/accelerate/*.yaml "
-                "with `accelerate launch --config_file`"
-            )
-        if on_cpu:
-            torch.set_num_threads(config.cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
-        self.device = self.accelerator.device
         self._trained: dict[Role, _Trained] = {}
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Engine type, world size and backend as found at run time."""
-        backend = dist.get_backend() if dist.is_initialized() else None
-        return {"type": "plain", "world_size": self.world_size, "backend": backend, "device": self.device.type}
 
     def micro_batches(self, batch_size: int, start: int) -> list[range]:
         """This process's micro-batches of the global batch at positions start .. start + batch_size - 1.
@@ -109,30 +86,6 @@ class Engine:
 
     def learning_rate(self, role: Role) -> float:
         return float(self._trained[role].scheduler.get_last_lr()[0])
-
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over processes."""
-        value = value.detach().float().clone()
-        if self.world_size > 1:
-            dist.all_reduce(value)
-            value /= self.world_size
-        return value
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, so that all decide alike."""
-        if self.world_size == 1:
-            return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(votes)
-        return votes.item() > 0
-
-    def barrier(self) -> None:
-        self.accelerator.wait_for_everyone()
-
-    def close(self) -> None:
-        self.accelerator.end_training()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Adam moments as `<role>/<moment>/<parameter>` and the number of updates by role."""

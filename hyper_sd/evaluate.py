@@ -22,6 +22,7 @@ from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig, st
 from hyper_sd.data import Source, build_source
 from hyper_sd.lora_file import replace_recipe
 from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, tensors_digest
+from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
 from hyper_sd.teachers import inspect_teacher
 
@@ -98,26 +99,25 @@ class Evaluation:
         return {str(n): row.to_json(teacher, self.undistilled.get(min(n, 2))) for n, row in rows.items()}
 
 
-def evaluate_run(cfg: RunConfig, source: Source | None = None) -> Evaluation:
+def evaluate_run(cfg: RunConfig, processes: Processes, source: Source | None = None) -> Evaluation:
     """Evaluate the files of a run: every stage at its own steps and the final adapter. Without a judge, prompts come from `source`."""
     run_dir = Path(cfg.run.dir)
     stages = {name: run_dir / name / "lora.safetensors" for name in cfg.stages}
-    return evaluate(
-        cfg.teacher, cfg.eval, {name: file for name, file in stages.items() if file.is_file()}, run_dir / "lora.safetensors", source
-    )
+    files = {name: file for name, file in stages.items() if file.is_file()}
+    return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source)
 
 
-def evaluate_lora(cfg: EvaluateConfig) -> Evaluation:
+def evaluate_lora(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
     """Evaluate one LoRA file at eval.steps beside its teacher. Raises ValueError for steps that its recipe does not have."""
     assert cfg.lora is not None
     facts, file = inspect_teacher(cfg.teacher), Path(cfg.lora)
     recipe = read_recipe(file, facts.fingerprint)
     if unknown := [n for n in cfg.eval.steps if n not in recipe]:
         raise ValueError(f"steps={list(cfg.eval.steps)}: lora={file} is made for {' or '.join(map(str, recipe))} steps, not for {unknown}")
-    return evaluate(cfg.teacher, cfg.eval, {}, file, _source(cfg.eval, cfg.data, facts.image_size))
+    return evaluate(cfg.teacher, cfg.eval, {}, file, processes, _source(cfg.eval, cfg.data, facts.image_size))
 
 
-def evaluate_again(cfg: EvaluateConfig) -> Evaluation:
+def evaluate_again(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
     """Evaluate a run as `eval` says; its teacher, its data and its judge are its own.
 
     The samplers that were chosen are written into the metadata of the final adapter, so that its users sample as it was measured.
@@ -125,9 +125,9 @@ def evaluate_again(cfg: EvaluateConfig) -> Evaluation:
     assert cfg.run is not None
     run = read_run(Path(cfg.run))
     run = replace(run, run=replace(run.run, dir=cfg.run), eval=replace(cfg.eval, judge=run.eval.judge))
-    evaluation = evaluate_run(run, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size))
+    evaluation = evaluate_run(run, processes, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size))
     final = Path(cfg.run) / "lora.safetensors"
-    for file in (final, *Path(cfg.run).glob("*/lora.safetensors")):
+    for file in (final, *Path(cfg.run).glob("*/lora.safetensors")) if processes.is_main else ():
         if tensors_digest(file) == tensors_digest(final):
             replace_recipe(file, recipe_to_json(evaluation.choice.final))
     return evaluation
@@ -146,7 +146,12 @@ def _source(cfg: EvalConfig, data: DataConfig, image_size: int) -> Source | None
 
 
 def evaluate(
-    teacher: TeacherConfig, cfg: EvalConfig, stages: Mapping[str, Path], final: Path | None, source: Source | None = None
+    teacher: TeacherConfig,
+    cfg: EvalConfig,
+    stages: Mapping[str, Path],
+    final: Path | None,
+    processes: Processes,
+    source: Source | None = None,
 ) -> Evaluation:
     """Measure LoRA files, by name, and one file as the final adapter, on the same prompts and noise.
 
@@ -158,7 +163,7 @@ def evaluate(
     fingerprint = inspect_teacher(teacher).fingerprint
     adapters = {name: Adapter(file, read_recipe(file, fingerprint)) for name, file in stages.items()}
     last = None if final is None else Adapter(final, read_recipe(final, fingerprint))
-    evaluator = Evaluator.open(teacher, cfg)
+    evaluator = Evaluator.open(teacher, cfg, processes)
     draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
     ends = evaluator.end_points(draws)
     choice = choose(evaluator, cfg, draws, ends, last)
@@ -264,6 +269,7 @@ def _facts(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], started: fl
         "end_point_steps": 2 * cfg.teacher_steps,
         "wall_s": round(time.monotonic() - started, 1),
         "device": str(evaluator.pipe.device),
+        "processes": evaluator.processes.world_size,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

@@ -222,7 +222,8 @@ def _start_optimizers(job: Job, engine: Engine, objectives: Sequence[Objective])
     roles.trainable(tuple(adapter for objective in objectives for adapter in objective.trains))
     for objective in objectives:
         params = {f"{adapter}/{name}": p for adapter in objective.trains for name, p in roles.tensors(adapter).items()}
-        engine.train(objective.trains, params, plan.optimizer, plan.lr_scheduler, -(-plan.max_steps // objective.every))
+        optimizer = plan.optimizers.get(objective.trains[-1], plan.optimizer)
+        engine.train(objective.trains, params, optimizer, plan.lr_scheduler, -(-plan.max_steps // objective.every))
 
 
 def _restore(job: Job, engine: Engine) -> int:

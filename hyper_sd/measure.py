@@ -23,6 +23,7 @@ from hyper_sd.data.scenes import IMAGE_SIZE, captions, render, sample_scenes
 from hyper_sd.judge import Judge, all_right
 from hyper_sd.metrics import Gaussian, Jackknifed, frechet_jackknife, gap, mean_and_error, mean_of_draws
 from hyper_sd.paths import asset_dir
+from hyper_sd.processes import Processes
 from hyper_sd.randomness import Purpose, fold
 from hyper_sd.sample import Sampler, adapter, decode, latent_shape, quiet, sample, teacher_row
 from hyper_sd.teachers import load_pipeline
@@ -110,7 +111,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A teacher's stock pipeline, with the judge and the features of `eval.reference` fresh renders it compares with."""
+    """A teacher's stock pipeline, with the judge and the features of `eval.reference` fresh renders it compares with.
+
+    Every process samples and judges its share of the prompts and then holds the same rows.
+    """
 
     pipe: Any
     guidance: float
@@ -119,22 +123,24 @@ class Evaluator:
     batch_size: int
     judge: Judge | None
     reference: Gaussian | None
+    processes: Processes
     done: dict[str, Row] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, teacher: TeacherConfig, cfg: EvalConfig) -> "Evaluator":
+    def open(cls, teacher: TeacherConfig, cfg: EvalConfig, processes: Processes) -> "Evaluator":
         """Raises ValueError, naming the key, for a judge that does not know the pipeline's images."""
-        cuda = torch.cuda.is_available()
+        cuda = processes.device.type == "cuda"
         pipe: Any = load_pipeline(teacher, torch.bfloat16 if cuda and teacher.dtype != "fp32" else torch.float32)
         if cuda:
-            pipe.to("cuda")
+            pipe.to(processes.device)
             pipe.vae.to(torch.float32)  # SDXL's overflows in half precision
         judge, reference = None, None
         check_judge(cfg, latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor)
         if cfg.judge is not None:
             judge = Judge.load(asset_dir("judge"))
-            reference = Gaussian.fit(_reference_features(judge, cfg.reference))
-        return cls(pipe, teacher_guidance(teacher, cfg), cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference)
+            reference = Gaussian.fit(_reference_features(judge, cfg.reference, processes))
+        guidance = teacher_guidance(teacher, cfg)
+        return cls(pipe, guidance, cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference, processes)
 
     def teacher_row(self, num_steps: int, guidance: float | None = None) -> Sampler:
         return teacher_row(self.pipe.scheduler.config, num_steps, self.guidance if guidance is None else guidance)
@@ -147,7 +153,7 @@ class Evaluator:
         names = {key: json.dumps([_identity(job), *asked], sort_keys=True) for key, job in jobs.items()}
         pending = {names[key]: job for key, job in jobs.items() if names[key] not in self.done}
         total = sum(_cost(job.sampler) for job in pending.values()) * sum(len(draw.prompts) for draw in draws)
-        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=None) as bar:
+        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=self._silent) as bar:
             for lora in dict.fromkeys(job.lora for job in pending.values()):
                 with adapter(self.pipe, lora):
                     for name, job in pending.items():
@@ -159,14 +165,14 @@ class Evaluator:
         """The teacher's clean latents, at twice the steps of its row: where its trajectories end."""
         row = self.teacher_row(2 * self.teacher_steps)
         total = sum(len(draw.prompts) for draw in draws) * _cost(row)
-        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc="the teacher's end points", disable=None) as bar:
+        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc="the teacher's end points", disable=self._silent) as bar:
             return [self._sample(row, draw, bar) for draw in draws]
 
     def floor(self, draws: Sequence[Draw]) -> tuple[float | None, float | None]:
         """FD and accuracy of the renders of the draws' own scenes: what a perfect sampler would get with as many images."""
         if self.judge is None:
             return None, None
-        scores = [self._judged(draw.renders, draw) for draw in draws if draw.renders is not None]
+        scores = [self._judged(draw.renders[self._share(draw)], draw) for draw in draws if draw.renders is not None]
         return mean_of_draws([frechet for _, frechet in scores]).value, float(torch.cat([right for right, _ in scores]).float().mean())
 
     def _row(self, sampler: Sampler, draws: Sequence[Draw], ends: Sequence[Tensor] | None, bar: Any) -> Row:
@@ -175,9 +181,9 @@ class Evaluator:
             latents = self._sample(sampler, draw, bar)
             if ends is not None:
                 error.append((latents - ends[number]).square().flatten(1).mean(1))
-            images = decode(self.pipe, latents if self.judge is not None else latents[:NUM_GRID], self.batch_size)
-            grid = images[:NUM_GRID].clone() if grid is None else grid
+            grid = decode(self.pipe, latents[:NUM_GRID], self.batch_size) if grid is None else grid
             if self.judge is not None:
+                images = decode(self.pipe, latents[self._share(draw)], self.batch_size)
                 for scores, score in zip((right, frechet), self._judged(images, draw), strict=True):
                     scores.append(score)
         assert grid is not None
@@ -189,31 +195,48 @@ class Evaluator:
             images=grid,
         )
 
+    @property
+    def _silent(self) -> bool | None:
+        """tqdm's `disable`: only the main process draws bars, and only on a terminal."""
+        return None if self.processes.is_main else True
+
+    def _share(self, draw: Draw) -> slice:
+        return self.processes.share(len(draw.prompts))
+
     def _sample(self, sampler: Sampler, draw: Draw, bar: Any) -> Tensor:
-        cost = _cost(sampler)
+        """The latents of the whole draw."""
+        cost = _cost(sampler) * self.processes.world_size
         bar.set_postfix_str(f"{sampler.num_steps} steps of {sampler.scheduler.removesuffix('Scheduler')}")
-        return sample(
+        share, total = self._share(draw), len(draw.prompts)
+        latents = sample(
             self.pipe,
-            draw.prompts,
+            draw.prompts[share],
             sampler,
             seed=draw.seed,
+            index=range(total)[share],
             image_size=self.image_size,
             batch_size=self.batch_size,
             advance=lambda n: bar.update(n * cost),
         )
+        return self.processes.join(latents, total)
 
     @torch.inference_mode()
     def _judged(self, images: Tensor, draw: Draw) -> tuple[Tensor, Jackknifed]:
+        """Which images of the whole draw are right, and their Fréchet distance, from this process's share of the images."""
         assert self.judge is not None and self.reference is not None and draw.labels is not None
-        features = torch.cat([self.judge.features(chunk) for chunk in images.split(512)])
-        found = torch.cat([self.judge.attributes(chunk) for chunk in images.split(512)])
+        features, found = (
+            self.processes.join(torch.cat([measure(chunk) for chunk in images.split(512)]), len(draw.prompts))
+            for measure in (self.judge.features, self.judge.attributes)
+        )
         return all_right(found, draw.labels), frechet_jackknife(features, self.reference)
 
 
-def _reference_features(judge: Judge, num: int) -> Tensor:
+def _reference_features(judge: Judge, num: int, processes: Processes) -> Tensor:
+    share = range(num)[processes.share(num)]
     with torch.inference_mode():
-        chunks = [np.arange(start, min(start + 512, num)) for start in range(0, num, 512)]
-        return torch.cat([judge.features(render(sample_scenes(REFERENCE_SEED, index))) for index in chunks])
+        chunks = [np.arange(start, min(start + 512, share.stop)) for start in range(share.start, share.stop, 512)]
+        part = torch.cat([judge.features(render(sample_scenes(REFERENCE_SEED, index))) for index in chunks])
+    return processes.join(part, num)
 
 
 def _cost(sampler: Sampler) -> int:

@@ -1,7 +1,7 @@
 """What a stage hands to the training loop."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -20,6 +20,12 @@ class Batch:
     cond: Cond
     uncond: Cond
     draws: Draws
+
+    def rows(self, rows: Sequence[int]) -> "Batch":
+        """Some of the samples, with their draws."""
+        index = list(rows)
+        cond, uncond = (tuple(part[index] for part in parts) for parts in (self.cond, self.uncond))
+        return Batch(self.x0[index], cond, uncond, replace(self.draws, samples=tuple(self.draws.samples[row] for row in index)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,12 @@ class Stage(Protocol):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Every adapter the stage needs; all start as copies of the adapter that the previous stage handed on."""
+        """Every adapter the stage needs; all but the `fresh` ones start as copies of what the previous stage handed on."""
+        ...
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Adapters that start anew, equal to the teacher."""
         ...
 
     @property

@@ -34,11 +34,11 @@ def run_plan(config: RunConfig) -> None:
     """Train every stage that is not finished, export each, evaluate. Everything that can be refused is refused before weights load."""
     engine = Engine(config.engine)
     run = train_plan(config, engine)
-    engine_facts = engine.facts
+    if run is not None:
+        run.evaluate()
+        if engine.is_main:
+            run.folder.write_status("finished", engine=engine.facts)
     engine.close()
-    if engine.is_main and run is not None:
-        run.evaluate(engine_facts)
-        run.folder.write_status("finished", engine=engine_facts)
 
 
 def train_plan(config: RunConfig, engine: Engine) -> "Run | None":
@@ -145,11 +145,13 @@ class Run:
         return True
 
     def _start_from(self, handed: Path | None, stage: Stage) -> None:
+        for adapter in stage.fresh:
+            self.context.roles.reset(adapter)
         if handed is None:
-            return  # the adapters are fresh
+            return  # so are all the others
         names = [path for path, _ in self.teacher.net.named_modules()]
         file = read_lora(handed, names, spec=self.spec, fingerprint=self.facts.fingerprint)
-        for adapter in stage.adapters:
+        for adapter in set(stage.adapters) - set(stage.fresh):
             self.context.roles.load_state_dict(adapter, file.tensors)
 
     def _export(self, name: str) -> None:
@@ -184,20 +186,22 @@ class Run:
             base, segments=stage.segments, solver_steps=stage.solver_steps, eta=self.config.eval.eta, start=self.config.eval.start
         )
 
-    def evaluate(self, engine_facts: dict[str, Any]) -> None:
-        """Measure the run's files and write the report."""
-        reported = (self.folder.path / "report.json").is_file()
+    def evaluate(self) -> None:
+        """Measure the run's files, every process its share, and write the report."""
+        reported = self.engine.any((self.folder.path / "report.json").is_file())
         if self.config.eval.prompts == 0 or (reported and not self.unfinished):
             return
-        evaluation = evaluate_run(self.config, self.source)
-        facts = {
-            "engine": engine_facts,
-            "resumed_from": self.folder.resumed_from,
-            "wall_s": round(self.folder.wall_s, 1),
-            "peak_rss_bytes": self.folder.peak_rss_bytes,
-        }
-        report = write_report(self.folder.path, evaluation.to_json(), evaluation.grids(), facts)
-        print(table(report), flush=True)
+        evaluation = evaluate_run(self.config, self.engine, self.source)
+        peak_rss = self.engine.mean(torch.tensor(float(self.folder.peak_rss_bytes))) * self.engine.world_size
+        if self.engine.is_main:
+            facts = {
+                "engine": self.engine.facts,
+                "resumed_from": self.folder.resumed_from,
+                "wall_s": round(self.folder.wall_s, 1),
+                "peak_rss_bytes": int(peak_rss),
+            }
+            report = write_report(self.folder.path, evaluation.to_json(), evaluation.grids(), facts)
+            print(table(report), flush=True)
 
 
 def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:

@@ -27,6 +27,11 @@ class Purpose(IntEnum):
     DROP_CAPTION = 6
     EPOCH_ORDER = 8
     SAMPLE = 9
+    FAKE_TIMESTEP = 10
+    FAKE_NOISE = 11
+    ROLLOUT = 12
+    ROLLOUT_POSITION = 13
+    ROLLOUT_NOISE = 14
 
 
 def _splitmix64(value: int) -> int:
@@ -89,11 +94,15 @@ class Draws:
         """Uniform in [0, 1), float64 (B,)."""
         return torch.from_numpy(uniforms((self.seed, self.step, purpose), np.array(self.samples), 1)[:, 0])
 
+    def choice(self, purpose: Purpose, num: int) -> int:
+        """Batch-wide: one integer below `num` for the step, whatever the samples, and so the same in every process."""
+        return fold(self.seed, self.step, purpose) % num
+
     def integers(self, purpose: Purpose, low: Tensor | int, high: Tensor | int) -> Tensor:
         """Uniform integers from low to high, both included, int64 (B,)."""
         width = torch.as_tensor(high) - torch.as_tensor(low) + 1
         return torch.as_tensor(low) + (self.uniform(purpose) * width).long()
 
-    def normal(self, purpose: Purpose, shape: Sequence[int]) -> Tensor:
-        """Standard normal, float32 (B, *shape)."""
-        return normal((self.seed, self.step, purpose), self.samples, shape)
+    def normal(self, purpose: Purpose, shape: Sequence[int], *repeat: int) -> Tensor:
+        """Standard normal, float32 (B, *shape); `repeat` tells apart several draws for one purpose."""
+        return normal((self.seed, self.step, purpose, *repeat), self.samples, shape)

@@ -79,6 +79,7 @@ class Roles:
             layer.cast_input_dtype_enabled = False
             for module in (*layer.lora_A.values(), *layer.lora_B.values()):
                 module.__class__ = _RUNS_IN_INPUT_DTYPE[type(module)]
+        self._seed = seed
         self._tensors: dict[str, dict[str, nn.Parameter]] = {
             name: {
                 f"{path}.{side}.weight": getattr(layer, side)[name].weight
@@ -88,7 +89,7 @@ class Roles:
             for name in self.adapters
         }
         for name in self.adapters:
-            self._initialise(name, seed)
+            self.reset(name)
         net.requires_grad_(False)
 
     @contextmanager
@@ -171,11 +172,11 @@ class Roles:
         self._role = role
 
     @torch.no_grad()
-    def _initialise(self, adapter: str, seed: int) -> None:
+    def reset(self, adapter: str) -> None:
         """A is uniform in +-1/sqrt(fan in), peft's default, from (seed, tensor index); B is zero, so a fresh adapter is the teacher."""
         for index, (name, param) in enumerate(self.tensors(adapter).items()):
             param.data = torch.zeros(param.shape, device=param.device, dtype=torch.float32)
             if ".lora_A." in name and not param.is_meta:
                 bound = param[0].numel() ** -0.5
-                draw = torch.rand(param.shape, generator=generator(seed, Purpose.INIT, index))
+                draw = torch.rand(param.shape, generator=generator(self._seed, Purpose.INIT, index))
                 param.copy_((2 * draw - 1) * bound)

@@ -162,7 +162,7 @@ def sample(
             latents.append(_sample_batch(pipe, list(prompts[rows]), row, seed, list(index[rows]), shape, image_size))
             if advance is not None:
                 advance(len(latents[-1]))
-    return torch.cat(latents)
+    return torch.cat(latents) if latents else torch.zeros(0, *shape)
 
 
 def _sample_batch(

@@ -13,14 +13,18 @@ from hyper_sd.config import resolved, structured
 def main(cfg: DictConfig) -> None:
     config = structured(EvaluateConfig, resolved(cfg))
     from hyper_sd.evaluate import evaluate_again, evaluate_lora  # torch: only after the configuration is known to be right
+    from hyper_sd.processes import Processes
     from hyper_sd.report import facts_of, table, write
 
-    evaluation = evaluate_lora(config) if config.run is None else evaluate_again(config)
-    folder = config.out if config.run is None else config.run
-    results = evaluation.to_json()
-    if folder is not None:
-        write(Path(folder), results, evaluation.grids(), facts_of(Path(folder)))
-    print(table(results))
+    processes = Processes()
+    evaluation = evaluate_lora(config, processes) if config.run is None else evaluate_again(config, processes)
+    if processes.is_main:
+        folder = config.out if config.run is None else config.run
+        results = evaluation.to_json()
+        if folder is not None:
+            write(Path(folder), results, evaluation.grids(), facts_of(Path(folder)))
+        print(table(results))
+    processes.close()
 
 
 if __name__ == "__main__":

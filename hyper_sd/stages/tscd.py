@@ -75,6 +75,10 @@ class TSCD:
         return (STUDENT, *([TARGET] if needs_ema else []), *([PREVIOUS] if self.teacher == "previous_stage" else []))
 
     @property
+    def fresh(self) -> tuple[str, ...]:
+        return ()
+
+    @property
     def exports(self) -> str:
         return TARGET if self.export_weights == "ema" else STUDENT
 

@@ -37,7 +37,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_report_keeps_its_contract(smoke: Path) -> None:
     report = json.loads((smoke / "report.json").read_text())
     figures = {"accuracy", "frechet", "gap", "mse_to_teacher"}
-    assert report["teacher"]["guidance"] == 3.0
+    assert report["teacher"]["guidance"] == 2.0
     assert all(figures <= report["final"][steps].keys() for steps in ("1", "2", "4", "8"))
     assert {"1", "2", "4", "8"} <= report["teacher"].keys()
     assert [stage for stage in STAGES if set(report["stages"][stage]) >= {stage.removeprefix("tscd_")}] == list(STAGES)

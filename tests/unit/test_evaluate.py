@@ -15,6 +15,7 @@ from hyper_sd.config import DataConfig, EvalConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
 from hyper_sd.evaluate import Evaluation, evaluate, evaluate_again, evaluate_lora, read_run
 from hyper_sd.measure import Evaluator, Job, make_draw
+from hyper_sd.processes import Processes
 from hyper_sd.report import write
 from hyper_sd.sample import read_recipe, recipe_to_json, stage_recipe, tcd_row
 from hyper_sd.teachers import inspect_teacher
@@ -57,12 +58,12 @@ def files(teacher: TeacherConfig, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture(scope="module")
 def judged(teacher: TeacherConfig, files: dict[str, Path]) -> Evaluation:
-    return evaluate(teacher, settings(judge="embedded", prompts=16, draws=2, sweep_prompts=8), files, files["tscd_1"])
+    return evaluate(teacher, settings(judge="embedded", prompts=16, draws=2, sweep_prompts=8), files, files["tscd_1"], Processes(1))
 
 
 @pytest.fixture(scope="module")
 def unjudged(teacher: TeacherConfig, files: dict[str, Path]) -> Evaluation:
-    return evaluate(teacher, settings(), files, files["tscd_1"], Captions())
+    return evaluate(teacher, settings(), files, files["tscd_1"], Processes(1), Captions())
 
 
 def test_the_report_has_the_rows_of_its_contract(judged: Evaluation, tmp_path: Path):
@@ -120,7 +121,7 @@ def test_the_sweep_is_reported_and_its_choice_used(judged: Evaluation):
 
 
 def test_without_a_sweep_the_files_own_samplers_are_used(teacher: TeacherConfig, files: dict[str, Path]):
-    report = evaluate(teacher, settings(judge="embedded"), {}, files["tscd_1"]).to_json()
+    report = evaluate(teacher, settings(judge="embedded"), {}, files["tscd_1"], Processes(1)).to_json()
     assert report["sampler"]["final"]["2"]["eta"] == 0.5
     assert {row["adapter"] for row in report["sampler"]["sweep"]} == {"teacher"}
 
@@ -140,7 +141,7 @@ def test_without_a_judge_rows_have_their_distance_and_images_alone(unjudged: Eva
 
 def test_rows_are_paired(teacher: TeacherConfig, unjudged: Evaluation, files: dict[str, Path]):
     """The distance of a row is that of its latents from the end points of the same noise, prompt by prompt."""
-    again = evaluate(teacher, settings(batch_size=3), {"tscd_2": files["tscd_2"]}, None, Captions())
+    again = evaluate(teacher, settings(batch_size=3), {"tscd_2": files["tscd_2"]}, None, Processes(1), Captions())
     first, second = unjudged.stages["tscd_2"][2].error, again.stages["tscd_2"][2].error
     assert first is not None and second is not None
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
@@ -160,7 +161,7 @@ def test_other_draws_have_other_prompts_and_other_noise():
 
 
 def test_equal_jobs_are_sampled_once(teacher: TeacherConfig, files: dict[str, Path]):
-    evaluator = Evaluator.open(teacher, settings())
+    evaluator = Evaluator.open(teacher, settings(), Processes(1))
     calls: list[int] = []
     evaluator.pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     copy = files["tscd_1"].with_name("copy.safetensors")
@@ -187,25 +188,25 @@ def test_equal_jobs_are_sampled_once(teacher: TeacherConfig, files: dict[str, Pa
 )
 def test_settings_that_cannot_be_evaluated(teacher: TeacherConfig, files: dict[str, Path], changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        evaluate(teacher, settings(**changes), files, None)
+        evaluate(teacher, settings(**changes), files, None, Processes(1))
 
 
 def test_the_judge_refuses_other_image_sizes(tmp_path: Path):
     large = teacher_config(tiny_sd15(tmp_path, image_size=64))
     with pytest.raises(ValueError, match=r"32 pixels, this teacher draws 64; set eval\.judge=null"):
-        Evaluator.open(large, settings(judge="embedded"))
+        Evaluator.open(large, settings(judge="embedded"), Processes(1))
 
 
 def test_an_adapter_of_another_teacher_is_refused(tmp_path: Path, files: dict[str, Path]):
     other = teacher_config(tiny_sd15(tmp_path, latent_channels=8))
     with pytest.raises(ValueError, match="another base model"):
-        evaluate(other, settings(), files, None, Captions())
+        evaluate(other, settings(), files, None, Processes(1), Captions())
 
 
 def test_a_file_without_a_recipe_is_refused(tmp_path: Path, teacher: TeacherConfig):
     write_adapter(tmp_path / "lora.safetensors", teacher, recipe={})
     with pytest.raises(ValueError, match=r"carries no sampler recipe \(metadata hyper_sd.sampler\)"):
-        evaluate(teacher, settings(), {}, tmp_path / "lora.safetensors", Captions())
+        evaluate(teacher, settings(), {}, tmp_path / "lora.safetensors", Processes(1), Captions())
 
 
 def test_a_run_is_evaluated_again_and_its_adapter_told_how_to_be_sampled(tmp_path: Path, teacher: TeacherConfig, files: dict[str, Path]):
@@ -214,7 +215,8 @@ def test_a_run_is_evaluated_again_and_its_adapter_told_how_to_be_sampled(tmp_pat
     data = DataConfig(kind="scenes", batch_size=1)
     cfg = settings(judge="embedded", prompts=8, sweep_prompts=8)
     evaluation = evaluate_again(
-        EvaluateConfig(run=str(run), lora=None, steps=(1, 2), out=None, eval=cfg, teacher=replace(teacher, path="nowhere"), data=data)
+        EvaluateConfig(run=str(run), lora=None, steps=(1, 2), out=None, eval=cfg, teacher=replace(teacher, path="nowhere"), data=data),
+        Processes(1),
     )
     report = evaluation.to_json()
     assert list(report["stages"]) == ["tscd_2", "tscd_1"]
@@ -238,10 +240,10 @@ def test_one_file_is_evaluated_at_the_steps_it_is_made_for(teacher: TeacherConfi
     cfg = EvaluateConfig(
         run=None, lora=str(files["tscd_2"]), steps=(2,), out=None, eval=settings(judge="embedded", steps=(2,)), teacher=teacher, data=data
     )
-    report = evaluate_lora(cfg).to_json()
+    report = evaluate_lora(cfg, Processes(1)).to_json()
     assert (list(report["final"]), report["stages"]) == (["2"], {})
     with pytest.raises(ValueError, match=r"steps=\[1, 2\]: lora=.* is made for 2 steps, not for \[1\]"):
-        evaluate_lora(replace(cfg, eval=settings(judge="embedded")))
+        evaluate_lora(replace(cfg, eval=settings(judge="embedded")), Processes(1))
 
 
 def test_a_run_or_a_file_not_both(teacher: TeacherConfig):

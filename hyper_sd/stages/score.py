@@ -1,0 +1,184 @@
+"""Score distillation of a few-step student (distribution matching; paper section 3.3, Eq. 8).
+
+The student draws x = f_student(z) from noise z; x is noised again, and two score networks judge where it should move:
+
+    grad = (x0_fake - x0_real) / mean|x - x0_real|,    the gradient of KL(student || teacher) in x, per sample       (Eq. 8)
+    L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd
+    L_fake    = |eps_fake(noise(x, eps, t), t, c) - eps|^2
+
+The real score is the guided teacher, the fake score an adapter on the same base that follows the student's own images. With
+several step counts in `rollout` the student's inputs come from its own sampling, so that one adapter serves all of them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hyper_sd.denoiser import Denoiser, Prediction
+from hyper_sd.guidance import Cond
+from hyper_sd.objective import Batch, Context, Loss, Objective, Shared
+from hyper_sd.randomness import Draws, Purpose, send
+from hyper_sd.roles import Role
+from hyper_sd.stages.tscd import STUDENT, TARGET, TSCD, GuidanceRange
+
+FAKE, CONSISTENCY = "fake", "consistency"
+_SAMPLE = "sample"  # what the student's objective leaves for the fake score's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One score distillation stage; the keys and their defaults are explained in configs/stage/score.yaml."""
+
+    rollout: tuple[int, ...] = (1, 2, 4, 8)
+    start: int | None = None
+    fake_updates: int = 2
+    real_score: Literal["teacher", "consistency"] = "teacher"
+    guidance: GuidanceRange | None = None
+    t_min: float = 0.02
+    t_max: float = 0.98
+    ode_weight: float = 0.25
+    ode_steps: int = 8
+    ode_one_in: int = 4
+    tscd_weight: float = 0.0
+    solver_steps: int = 40
+    ema_decay: float = 0.95
+
+    segments = 1
+
+    def check(self, num_steps: int) -> None:
+        self._tscd.check(num_steps)
+        if not self.rollout or any(count < 1 or self.solver_steps % count for count in self.rollout):
+            raise ValueError(f"stage.rollout must be step counts that divide stage.solver_steps={self.solver_steps}: got {self.rollout}")
+        if self.start is not None and not 0 < self.start < num_steps:
+            raise ValueError(f"stage.start must be a timestep from 1 to {num_steps - 1}: got {self.start}")
+        if self.fake_updates < 1:
+            raise ValueError(f"stage.fake_updates must be at least 1: got {self.fake_updates}")
+        if not 0 <= self.t_min < self.t_max <= 1:
+            raise ValueError(f"stage.t_min and stage.t_max must be 0 <= t_min < t_max <= 1: got {self.t_min}, {self.t_max}")
+        for name in ("ode_weight", "tscd_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stage.{name} must not be negative: got {getattr(self, name)}")
+        for name in ("ode_steps", "ode_one_in"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"stage.{name} must be at least 1: got {getattr(self, name)}")
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return (STUDENT, TARGET, FAKE, *([CONSISTENCY] if self.real_score == "consistency" else []))
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        return (FAKE,)
+
+    @property
+    def exports(self) -> str:
+        return TARGET
+
+    @cached_property
+    def _tscd(self) -> TSCD:
+        return TSCD(segments=1, solver_steps=self.solver_steps, guidance=self.guidance, ema_decay=self.ema_decay)
+
+    def objectives(self, ctx: Context) -> tuple[Objective, ...]:
+        return (
+            Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx.denoiser), every=self.fake_updates),
+            Objective(trains=(FAKE,), loss=partial(self.fake_loss, ctx.denoiser)),
+        )
+
+    def after_step(self, ctx: Context, step: int) -> None:
+        if step % self.fake_updates == 0:
+            ctx.roles.ema(STUDENT, TARGET, self.ema_decay)
+
+    def student_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
+        """Distribution matching on the student's own sample, plus what keeps it in place."""
+        z, t = self.student_input(denoiser, batch)
+        x = denoiser((STUDENT,), z, t, batch.cond).x0
+        shared[_SAMPLE] = x.detach()
+        grad, logs = self.matching_gradient(denoiser, batch, x.detach())
+        value = 0.5 * (x - (x - grad).detach()).square().flatten(1).mean(1).mean()
+        if self.ode_weight > 0 and self._starts_from_noise(batch.draws):
+            ode = self.ode_distance(denoiser, batch, z, t, x)
+            value, logs["ode"] = value + self.ode_weight * ode, ode.detach()
+        if self.tscd_weight > 0:
+            tscd = self._tscd.consistency_loss(denoiser, batch, shared).value
+            value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
+        return Loss(value, logs)
+
+    def fake_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
+        """Denoising of the student's samples: what makes the fake score the score of the student's distribution."""
+        x = shared.get(_SAMPLE)
+        if x is None:
+            with torch.no_grad():
+                x = denoiser((STUDENT,), *self.student_input(denoiser, batch), batch.cond).x0
+        t = self._times(batch.draws, Purpose.FAKE_TIMESTEP, denoiser.schedule.num_steps, x)
+        eps = send(batch.draws.normal(Purpose.FAKE_NOISE, x.shape[1:]), x)
+        prediction = denoiser((FAKE,), denoiser.noise(x, eps, t), t, batch.cond)
+        return Loss((prediction.eps - eps).square().flatten(1).mean(1).mean())
+
+    @torch.no_grad()
+    def matching_gradient(self, denoiser: Denoiser, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(x0_fake - x0_real) / mean|x - x0_real| at a noised x, shaped like x, and what is logged of it."""
+        t = self._times(batch.draws, Purpose.TIMESTEP, denoiser.schedule.num_steps, x)
+        x_t = denoiser.noise(x, send(batch.draws.normal(Purpose.NOISE, x.shape[1:]), x), t)
+        real, fake = self.real_prediction(denoiser, batch, x_t, t).x0, denoiser((FAKE,), x_t, t, batch.cond).x0
+        scale = (x - real).abs().flatten(1).mean(1).clamp(min=1e-6)
+        grad = (fake - real) / scale.reshape(-1, *[1] * (x.ndim - 1))
+        logs = {"matching_grad": grad.square().mean().sqrt(), "std_sample": x.std(), "std_real": real.std(), "std_fake": fake.std()}
+        return grad, logs
+
+    def real_prediction(self, denoiser: Denoiser, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:
+        """The guided teacher, or the one-jump estimate of the consistency model this stage started from (paper Figure 3)."""
+        if self.real_score == "consistency":
+            return denoiser((CONSISTENCY,), x_t, t, batch.cond)
+        return self._tscd.teacher_prediction(denoiser, batch, x_t, t)
+
+    @torch.no_grad()
+    def student_input(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(z, t) at a random step of the student's own rollout: TCD sampling with fresh noise in each step (eta 1)."""
+        steps, position = self._rollout(batch.draws)
+        times = self.times(steps, denoiser.schedule.num_steps)
+        z = send(batch.draws.normal(Purpose.ROLLOUT_NOISE, batch.x0.shape[1:]), batch.x0).to(batch.x0)
+        t = z.new_full((len(z),), times[0], dtype=torch.long)
+        for number in range(1, position + 1):
+            x = denoiser((STUDENT,), z, t, batch.cond).x0
+            t = torch.full_like(t, times[number])
+            fresh = batch.draws.normal(Purpose.ROLLOUT_NOISE, batch.x0.shape[1:], number)
+            z = denoiser.noise(x, send(fresh, x), t)
+        return z, t
+
+    def times(self, steps: int, num_steps: int) -> list[int]:
+        """The timesteps of a rollout of so many steps, on the edges of the solver grid; one step begins at `start`."""
+        if steps == 1 and self.start is not None:
+            return [self.start]
+        return [num_steps - number * num_steps // steps - 1 for number in range(steps)]
+
+    @torch.no_grad()
+    def ode_end(self, denoiser: Denoiser, batch: Batch, z: Tensor, t: Tensor) -> Tensor:
+        """The end of the guided teacher's own trajectory from z at t, in `ode_steps` DDIM steps."""
+        for number in range(self.ode_steps):
+            u = (t + 1) * (self.ode_steps - number - 1) // (self.ode_steps - number) - 1
+            z = denoiser.jump(self._tscd.teacher_prediction(denoiser, batch, z, t), u)
+            t = u
+        return z
+
+    def ode_distance(self, denoiser: Denoiser, batch: Batch, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        """Mean of |x - x_ode|^2, estimated on every `ode_one_in`-th sample of the stream."""
+        rows = [row for row, sample in enumerate(batch.draws.samples) if sample % self.ode_one_in == 0]
+        if not rows:
+            return x.sum() * 0
+        part = batch.rows(rows)
+        end = self.ode_end(denoiser, part, z[rows], t[rows])
+        return (x[rows] - end).square().flatten(1).mean(1).sum() * self.ode_one_in / len(x)
+
+    def _starts_from_noise(self, draws: Draws) -> bool:
+        return self._rollout(draws)[1] == 0
+
+    def _rollout(self, draws: Draws) -> tuple[int, int]:
+        """How many steps, and which of them is trained: one draw for the whole batch, so every process does the same work."""
+        steps = self.rollout[draws.choice(Purpose.ROLLOUT, len(self.rollout))]
+        return steps, draws.choice(Purpose.ROLLOUT_POSITION, steps)
+
+    def _times(self, draws: Draws, purpose: Purpose, num_steps: int, like: Tensor) -> Tensor:
+        return send(draws.integers(purpose, round(self.t_min * num_steps), round(self.t_max * num_steps) - 1), like)

@@ -1,0 +1,229 @@
+"""The score stage against its equations, and on a problem whose answer is known."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hyper_sd.denoiser import Denoiser
+from hyper_sd.guidance import Cond
+from hyper_sd.objective import Batch, Context, Objective, Shared
+from hyper_sd.randomness import Draws, Purpose, normal
+from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.schedule import PredictionType
+from hyper_sd.stages.score import Score
+from hyper_sd.stages.tscd import GuidanceRange
+from tests.networks import SHAPE, sd_schedule, tiny_batch, tiny_denoiser, unet_batch, unet_denoiser
+
+T = 1000
+ADAPTERS = ("student", "target", "fake")
+PLAIN = Score(ode_weight=0.0, rollout=(1,), fake_updates=1)
+
+
+def objectives(stage: Score, denoiser: Denoiser) -> tuple[Objective, Objective]:
+    student, fake = stage.objectives(Context(denoiser, denoiser.roles))
+    return student, fake
+
+
+def gradients(denoiser: Denoiser, adapter: str, value: Tensor) -> list[Tensor]:
+    denoiser.roles.trainable(ADAPTERS)
+    return list(torch.autograd.grad(value, denoiser.roles.params((adapter,)), allow_unused=False))
+
+
+def student_loss(stage: Score, denoiser: Denoiser, batch: Batch, shared: Shared | None = None) -> Tensor:
+    denoiser.roles.trainable(ADAPTERS)
+    return objectives(stage, denoiser)[0].loss(batch, {} if shared is None else shared).value
+
+
+def test_no_gradient_where_the_fake_score_is_the_real_one() -> None:
+    denoiser = tiny_denoiser(ADAPTERS)
+    denoiser.roles.reset("fake")
+    value = student_loss(PLAIN, denoiser, tiny_batch())
+    assert value.item() == 0
+    assert all(not gradient.any() for gradient in gradients(denoiser, "student", value))
+
+
+def test_student_gradient_is_eq_8() -> None:
+    denoiser, batch = tiny_denoiser(ADAPTERS), tiny_batch()
+    stage = replace(PLAIN, guidance=GuidanceRange(min=2.0, max=2.0))
+    got = gradients(denoiser, "student", student_loss(stage, denoiser, batch))
+
+    z, t = stage.student_input(denoiser, batch)
+    x = denoiser(("student",), z, t, batch.cond).x0
+    s = batch.draws.integers(Purpose.TIMESTEP, 20, 979)
+    x_s = denoiser.noise(x.detach(), batch.draws.normal(Purpose.NOISE, SHAPE).double(), s)
+    with torch.no_grad():
+        real = denoiser((), x_s, s, batch.cond, w=torch.full((8,), 2.0), uncond=batch.uncond).x0
+        fake = denoiser(("fake",), x_s, s, batch.cond).x0
+        direction = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+    wanted = gradients(denoiser, "student", (direction * x).mean())
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-12)
+
+
+def test_the_fake_score_denoises_the_students_samples_and_moves_nothing_else() -> None:
+    denoiser, batch = tiny_denoiser(ADAPTERS), tiny_batch()
+    denoiser.roles.trainable(ADAPTERS)
+    shared: Shared = {}
+    student_loss(PLAIN, denoiser, batch, shared)
+    fake = objectives(PLAIN, denoiser)[1]
+    with_sample, alone = fake.loss(batch, shared).value, fake.loss(batch, {}).value
+    torch.testing.assert_close(with_sample, alone)
+    alone.backward()
+    assert all(p.grad is not None for p in denoiser.roles.params(("fake",)))
+    assert all(p.grad is None for p in denoiser.roles.params(("student", "target")))
+
+
+def test_step_counts_are_drawn_for_the_whole_batch_and_cover_every_position() -> None:
+    stage, denoiser = Score(), tiny_denoiser(ADAPTERS)
+    seen = Counter()
+    for step in range(400):
+        _, t = stage.student_input(denoiser, tiny_batch([step % 5], step=step))
+        _, other = stage.student_input(denoiser, tiny_batch([99], step=step))
+        assert torch.equal(t, other)
+        seen[int(t[0])] += 1
+    assert seen.keys() == {T - i * T // 8 - 1 for i in range(8)}
+    assert Score(rollout=(1,), start=899).times(1, T) == [899] and Score(start=899).times(2, T) == [999, 499]
+
+
+def test_the_rollout_is_sampling_with_fresh_noise() -> None:
+    stage, denoiser = Score(rollout=(2,)), tiny_denoiser(ADAPTERS)
+    step = next(s for s in range(99) if Draws(0, s, (0,)).choice(Purpose.ROLLOUT_POSITION, 2) == 1)
+    batch = tiny_batch(step=step)
+    z, t = stage.student_input(denoiser, batch)
+    first = batch.draws.normal(Purpose.ROLLOUT_NOISE, SHAPE).double()
+    x = denoiser(("student",), first, torch.full((8,), 999), batch.cond).x0
+    alpha_bar = denoiser.schedule.alphas[499] ** 2
+    fresh = normal((0, step, Purpose.ROLLOUT_NOISE, 1), range(8), SHAPE)
+    torch.testing.assert_close(z, alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * fresh)
+    assert t.eq(499).all()
+
+
+def test_the_ode_end_of_a_constant_teacher_is_its_constant() -> None:
+    from tests.networks import constant_x0_denoiser
+
+    x0 = normal((7,), [0], SHAPE)[0].double()
+    denoiser, batch = constant_x0_denoiser(x0, "v"), tiny_batch()
+    z, t = Score(start=899, rollout=(1,)).student_input(denoiser, batch)
+    end = Score().ode_end(denoiser, batch, z, t)
+    sigma = denoiser.schedule.sigmas[0]
+    assert (end - denoiser.schedule.alphas[0] * x0).abs().max() < 10 * sigma
+
+
+def test_the_ode_term_is_the_same_in_micro_batches() -> None:
+    stage, denoiser = Score(rollout=(1,), ode_weight=1.0, ode_one_in=3), tiny_denoiser(ADAPTERS)
+    whole = student_loss(stage, denoiser, tiny_batch(range(8)))
+    halves = [student_loss(stage, denoiser, tiny_batch(half)) for half in (range(4), range(4, 8))]
+    torch.testing.assert_close(whole, sum(halves) / 2)
+    assert whole > student_loss(replace(stage, ode_weight=0.0), denoiser, tiny_batch(range(8)))
+
+
+def test_a_one_step_update_at_ratio_two_costs_ten_forwards() -> None:
+    """A forward counts 1 a sample, a backward through the frozen base 1."""
+    denoiser = unet_denoiser(ADAPTERS)
+    cost = 0
+
+    def counted(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        nonlocal cost
+        output = plain(x_t, t, cond)
+        cost += len(x_t) * (2 if output.requires_grad else 1)
+        return output
+
+    plain, denoiser = denoiser.forward, replace(denoiser, forward=lambda *args: counted(*args))
+    stage = Score(rollout=(1,), fake_updates=2, ode_weight=0.0, guidance=GuidanceRange(min=3.0, max=3.0))
+    denoiser.roles.trainable(ADAPTERS)
+    for step in range(2):
+        batch, shared = unet_batch(step=step), {}
+        for objective in objectives(stage, denoiser):
+            if step % objective.every == 0:
+                objective.loss(batch, shared).value.backward()
+    assert cost == 10 * 4
+
+
+@pytest.mark.parametrize("prediction", ["v", "flow", "x0"])
+@pytest.mark.parametrize("real_score", ["teacher", "consistency"])
+def test_any_teacher_runs_the_same_stage(prediction: PredictionType, real_score: str) -> None:
+    stage = Score(real_score=real_score, tscd_weight=0.5)  # pyright: ignore[reportArgumentType]
+    denoiser = tiny_denoiser((*ADAPTERS, "consistency"), prediction=prediction)
+    denoiser.roles.trainable(ADAPTERS)
+    for objective in objectives(stage, denoiser):
+        value = objective.loss(tiny_batch(), {}).value
+        assert value.isfinite() and value > 0
+        assert all(g.isfinite().all() for g in gradients(denoiser, objective.trains[0], value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": (3,)}, "stage.rollout must be step counts that divide stage.solver_steps=40: got"),
+        ({"rollout": ()}, "stage.rollout"),
+        ({"start": 1000}, "stage.start must be a timestep from 1 to 999: got 1000"),
+        ({"fake_updates": 0}, "stage.fake_updates must be at least 1: got 0"),
+        ({"t_min": 0.9, "t_max": 0.5}, "stage.t_min and stage.t_max"),
+        ({"ode_weight": -1.0}, "stage.ode_weight must not be negative"),
+        ({"solver_steps": 48}, "solver_steps"),
+    ],
+)
+def test_bad_keys_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        Score(**changes).check(T)  # pyright: ignore[reportArgumentType]
+
+
+class GaussianNet(nn.Module):
+    """The exact eps of data N(MEAN, SCALE^2), plus a linear map of features with which an adapter can be any other Gaussian's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(8, 1, bias=False)
+        nn.init.zeros_(self.to_q.weight)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        alpha, sigma = (value.float() for value in sd_schedule()(t))
+        x = x_t[:, 0, 0, 0]
+        eps = sigma * (x - alpha * MEAN) / (alpha**2 * SCALE**2 + sigma**2)
+        shapes = [sigma / (alpha**2 * c**2 + sigma**2) for c in (0.25, 0.5, 1.0, 2.0)]
+        features = torch.stack([f * v for f in shapes for v in (x, alpha)], dim=1)
+        return (eps + self.to_q(features)[:, 0])[:, None, None, None]
+
+
+MEAN, SCALE = 1.5, 0.5
+
+
+def test_a_student_becomes_the_teachers_gaussian() -> None:
+    net = GaussianNet()
+    roles = Roles(net, LoraSpec(rank=1, alpha=1.0, targets=("to_q",)), ADAPTERS)
+    roles.trainable(ADAPTERS)
+    denoiser = Denoiser(net, roles, sd_schedule(), "eps")
+    with torch.no_grad():  # the student starts as another Gaussian, of mean -1 or so
+        weight = roles.tensors("student")["to_q.lora_B.weight"]
+        weight += 0.6
+    stage = Score(rollout=(1,), ode_weight=0.0, fake_updates=2)
+    updates = [
+        (objective, torch.optim.Adam(roles.params(objective.trains), lr=lr))
+        for objective, lr in zip(objectives(stage, denoiser), (1e-2, 3e-2), strict=True)
+    ]
+    before = _moments(stage, denoiser)
+    for step in range(600):
+        shared: Shared = {}
+        for objective, optimizer in updates:
+            if step % objective.every == 0:
+                optimizer.zero_grad()
+                objective.loss(_scalar_batch(step), shared).value.backward()
+                optimizer.step()
+    after = _moments(stage, denoiser)
+    assert abs(before[0] - MEAN) > 0.5
+    assert abs(after[0] - MEAN) < 0.15 and abs(after[1] - SCALE) < 0.15
+
+
+def _scalar_batch(step: int, num: int = 256) -> Batch:
+    zeros = torch.zeros(num, 1, 1, 1)
+    return Batch(zeros, (torch.zeros(num, 1),), (torch.zeros(num, 1),), Draws(0, step, tuple(range(num))))
+
+
+@torch.no_grad()
+def _moments(stage: Score, denoiser: Denoiser) -> tuple[float, float]:
+    batch = _scalar_batch(10_000, 2000)
+    x = denoiser(("student",), *stage.student_input(denoiser, batch), batch.cond).x0
+    return float(x.mean()), float(x.std())
