@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from hyper_sd.denoiser import Denoiser, Prediction
-from hyper_sd.guidance import Cond
 from hyper_sd.objective import Batch, Context, Loss, Objective, Shared
 from hyper_sd.randomness import Draws, Purpose, send
-from hyper_sd.roles import Role
 from hyper_sd.stages.tscd import STUDENT, TARGET, TSCD, GuidanceRange
 
 FAKE, CONSISTENCY = "fake", "consistency"

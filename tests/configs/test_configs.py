@@ -24,6 +24,7 @@ from hyper_sd.cli import compose, literal
 from hyper_sd.config import RunConfig, build_target, run_config, structured
 from hyper_sd.paths import asset_dir, config_dir
 from hyper_sd.roles import LoraSpec
+from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD
 
 ROOT = Path(__file__).parents[2]
@@ -85,14 +86,16 @@ def test_the_default_is_the_demo() -> None:
     assert run_of().teacher.path == "embedded" and run_of().data.kind == "scenes"
 
 
-def test_the_stage_yaml_is_the_dataclass() -> None:
+@pytest.mark.parametrize(("name", "stage"), [("tscd", TSCD), ("score", Score)])
+def test_the_stage_yaml_is_the_dataclass(name: str, stage: type) -> None:
     """Same keys, same defaults; only guidance differs: the yaml takes the teacher's."""
-    node = OmegaConf.to_container(OmegaConf.load(config_dir() / "stage" / "tscd.yaml"))
+    node = OmegaConf.to_container(OmegaConf.load(config_dir() / "stage" / f"{name}.yaml"))
     assert isinstance(node, dict)
-    defaults = {f.name: f.default for f in dataclasses.fields(TSCD) if f.name != "segments"}
+    fields = {f.name: f.default for f in dataclasses.fields(stage)}
+    defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items() if v is not dataclasses.MISSING}
     assert {name: node[name] for name in defaults if name != "guidance"} == {k: v for k, v in defaults.items() if k != "guidance"}
-    training = {"max_steps", "batch_size", "optimizer", "lr_scheduler"}
-    assert node.keys() - training == {"_target_", "segments", *defaults}
+    training = {"max_steps", "batch_size", "optimizer", "optimizers", "lr_scheduler"}
+    assert node.keys() - training == {"_target_", *fields}
 
 
 def test_the_lora_yaml_is_the_released_one() -> None:
@@ -100,7 +103,7 @@ def test_the_lora_yaml_is_the_released_one() -> None:
     assert LoraSpec(rank=lora.rank, alpha=lora.alpha, targets=lora.targets) == LoraSpec()
 
 
-@pytest.mark.parametrize(("teacher", "low", "high"), [("embedded", 3, 3), ("sd15", 4, 8), ("sdxl", 3, 8)])
+@pytest.mark.parametrize(("teacher", "low", "high"), [("embedded", 2, 2), ("sd15", 4, 8), ("sdxl", 3, 8)])
 def test_stages_take_the_guidance_of_the_teacher(teacher: str, low: float, high: float) -> None:
     stage = run_of(f"teacher={teacher}").stages["tscd_8"]
     guidance = build_target(stage.method, stage.key).guidance
@@ -127,6 +130,14 @@ def test_one_stage_or_all_stages_can_be_changed() -> None:
     assert [stage.optimizer.lr for stage in config.stages.values()] == [2e-4, 2e-4, 1e-3, 2e-4]
     assert config.stages["tscd_2"].max_steps == 7
     assert {stage.batch_size for stage in config.stages.values()} == {6}
+
+
+def test_each_role_of_a_stage_has_its_own_optimizer() -> None:
+    added = ("+stage@stages.score=score", "stages.score.max_steps=4", "stages.score.optimizers.fake.lr=1e-3", "optimizer.lr=2e-4")
+    plan = run_of(*added).stages["score"]
+    assert (plan.optimizer.lr, plan.optimizers["fake"].lr) == (2e-4, 1e-3)
+    with pytest.raises(ValueError, match=r"stages.score.optimizers.fake.lr: got"):
+        run_of(*added, "stages.score.optimizers.fake.lr=-1")
 
 
 def test_a_stage_can_be_dropped_and_added() -> None:

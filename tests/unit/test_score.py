@@ -15,7 +15,7 @@ from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.schedule import PredictionType
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import GuidanceRange
-from tests.networks import SHAPE, sd_schedule, tiny_batch, tiny_denoiser, unet_batch, unet_denoiser
+from tests.networks import SHAPE, constant_x0_denoiser, sd_schedule, tiny_batch, tiny_denoiser, unet_batch, unet_denoiser
 
 T = 1000
 ADAPTERS = ("student", "target", "fake")
@@ -102,8 +102,6 @@ def test_the_rollout_is_sampling_with_fresh_noise() -> None:
 
 
 def test_the_ode_end_of_a_constant_teacher_is_its_constant() -> None:
-    from tests.networks import constant_x0_denoiser
-
     x0 = normal((7,), [0], SHAPE)[0].double()
     denoiser, batch = constant_x0_denoiser(x0, "v"), tiny_batch()
     z, t = Score(start=899, rollout=(1,)).student_input(denoiser, batch)
@@ -171,6 +169,10 @@ def test_bad_keys_are_refused(changes: dict[str, object], message: str) -> None:
         Score(**changes).check(T)  # pyright: ignore[reportArgumentType]
 
 
+MEAN, SCALE = 1.5, 0.5
+SCHEDULE = sd_schedule()
+
+
 class GaussianNet(nn.Module):
     """The exact eps of data N(MEAN, SCALE^2), plus a linear map of features with which an adapter can be any other Gaussian's."""
 
@@ -180,7 +182,7 @@ class GaussianNet(nn.Module):
         nn.init.zeros_(self.to_q.weight)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        alpha, sigma = (value.float() for value in sd_schedule()(t))
+        alpha, sigma = (value.float() for value in SCHEDULE(t))
         x = x_t[:, 0, 0, 0]
         eps = sigma * (x - alpha * MEAN) / (alpha**2 * SCALE**2 + sigma**2)
         shapes = [sigma / (alpha**2 * c**2 + sigma**2) for c in (0.25, 0.5, 1.0, 2.0)]
@@ -188,24 +190,21 @@ class GaussianNet(nn.Module):
         return (eps + self.to_q(features)[:, 0])[:, None, None, None]
 
 
-MEAN, SCALE = 1.5, 0.5
-
-
 def test_a_student_becomes_the_teachers_gaussian() -> None:
     net = GaussianNet()
     roles = Roles(net, LoraSpec(rank=1, alpha=1.0, targets=("to_q",)), ADAPTERS)
     roles.trainable(ADAPTERS)
-    denoiser = Denoiser(net, roles, sd_schedule(), "eps")
-    with torch.no_grad():  # the student starts as another Gaussian, of mean -1 or so
-        weight = roles.tensors("student")["to_q.lora_B.weight"]
-        weight += 0.6
-    stage = Score(rollout=(1,), ode_weight=0.0, fake_updates=2)
+    denoiser = Denoiser(net, roles, SCHEDULE, "eps")
+    other = torch.zeros(1, 8)
+    other[0, 4:6] = torch.tensor([-0.07, 1.0])  # more of x and less of the mean in x0: the student starts as another Gaussian
+    roles.load_state_dict("student", {"to_q.lora_A.weight": other, "to_q.lora_B.weight": torch.ones(1, 1)})
+    stage = Score(rollout=(1,), start=499, ode_weight=0.0, fake_updates=2)
     updates = [
-        (objective, torch.optim.Adam(roles.params(objective.trains), lr=lr))
-        for objective, lr in zip(objectives(stage, denoiser), (1e-2, 3e-2), strict=True)
+        (objective, torch.optim.Adam(roles.params(objective.trains), lr=lr, betas=(0.9, 0.99)))
+        for objective, lr in zip(objectives(stage, denoiser), (2e-3, 3e-2), strict=True)
     ]
     before = _moments(stage, denoiser)
-    for step in range(600):
+    for step in range(800):
         shared: Shared = {}
         for objective, optimizer in updates:
             if step % objective.every == 0:
@@ -213,11 +212,11 @@ def test_a_student_becomes_the_teachers_gaussian() -> None:
                 objective.loss(_scalar_batch(step), shared).value.backward()
                 optimizer.step()
     after = _moments(stage, denoiser)
-    assert abs(before[0] - MEAN) > 0.5
-    assert abs(after[0] - MEAN) < 0.15 and abs(after[1] - SCALE) < 0.15
+    assert abs(before[0] - MEAN) > 0.5 and abs(before[1] - SCALE) > 0.2
+    assert abs(after[0] - MEAN) < 0.1 and abs(after[1] - SCALE) < 0.1
 
 
-def _scalar_batch(step: int, num: int = 256) -> Batch:
+def _scalar_batch(step: int, num: int = 64) -> Batch:
     zeros = torch.zeros(num, 1, 1, 1)
     return Batch(zeros, (torch.zeros(num, 1),), (torch.zeros(num, 1),), Draws(0, step, tuple(range(num))))
 
