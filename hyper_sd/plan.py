@@ -35,6 +35,8 @@ def run_plan(config: RunConfig) -> None:
     engine = Engine(config.engine)
     run = train_plan(config, engine)
     if run is not None:
+        if engine.is_main:
+            run.folder.write_status("evaluating", engine=engine.facts)
         run.evaluate()
         if engine.is_main:
             run.folder.write_status("finished", engine=engine.facts)
