@@ -74,6 +74,9 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
             stage.check(facts.schedule.num_steps)
         except ValueError as error:
             raise ValueError(str(error).replace("stage.", f"{config.stages[name].key}.")) from None
+        if unknown := config.stages[name].optimizers.keys() - set(stage.adapters):
+            given, allowed = ", ".join(sorted(unknown)), ", ".join(stage.adapters)
+            raise ValueError(f"{config.stages[name].key}.optimizers: there is no adapter {given}; the stage has {allowed}")
     if config.init is not None:
         header = inspect_lora(Path(config.init), key="init")
         header.require_rank(config.lora.rank)

@@ -23,9 +23,11 @@ from omegaconf import OmegaConf
 from hyper_sd.cli import compose, literal
 from hyper_sd.config import RunConfig, build_target, run_config, structured
 from hyper_sd.paths import asset_dir, config_dir
+from hyper_sd.plan import check_plan
 from hyper_sd.roles import LoraSpec
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD
+from hyper_sd.teachers import inspect_teacher
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
@@ -138,6 +140,12 @@ def test_each_role_of_a_stage_has_its_own_optimizer() -> None:
     assert (plan.optimizer.lr, plan.optimizers["fake"].lr) == (2e-4, 1e-3)
     with pytest.raises(ValueError, match=r"stages.score.optimizers.fake.lr: got"):
         run_of(*added, "stages.score.optimizers.fake.lr=-1")
+
+
+def test_an_optimizer_of_an_adapter_that_is_not_there_is_refused() -> None:
+    config = run_of("+stage@stages.score=score", "stages.score.max_steps=4", "+stages.score.optimizers.fakes.lr=1e-3")
+    with pytest.raises(ValueError, match=r"stages\.score\.optimizers: there is no adapter fakes; the stage has student, target, fake"):
+        check_plan(config, inspect_teacher(config.teacher))
 
 
 def test_a_stage_can_be_dropped_and_added() -> None:

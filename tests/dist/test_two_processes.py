@@ -14,8 +14,13 @@ LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "confi
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> None:
     teacher = tiny_sd15(tmp_path / "teacher")
-    one = train(teacher, tmp_path / "one")
-    finish(start(teacher, tmp_path / "two", launcher=LAUNCH))
+    one = train(teacher, tmp_path / "one", "eval.prompts=5")
+    finish(start(teacher, tmp_path / "two", "eval.prompts=5", launcher=LAUNCH))
     assert_same(adapters(one), adapters(tmp_path / "two"), tolerance=5e-3)
+    alone, shared = (json.loads((run / "report.json").read_text()) for run in (one, tmp_path / "two"))
+    assert alone["evaluation"]["processes"] == 1 and shared["evaluation"]["processes"] == 2
+    for steps in ("1", "2", "4"):  # the teacher's rows depend on no training; five prompts do not divide by two
+        distances = [report["teacher"][steps]["mse_to_teacher"] for report in (alone, shared)]
+        assert distances[0] > 0 and distances[1] == pytest.approx(distances[0], rel=1e-3)
     engine = json.loads((tmp_path / "two" / "run.json").read_text())["engine"]
     assert engine["world_size"] == 2 and engine["backend"] == "gloo"
