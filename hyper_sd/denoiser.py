@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
+from hyper_sd.features import encoder_features
 from hyper_sd.guidance import Cond, guided
 from hyper_sd.roles import Role, Roles
 from hyper_sd.schedule import PredictionType, Schedule, at_least_float32, per_sample, to_x0_eps
@@ -49,6 +51,11 @@ class Denoiser:
         alpha, sigma = self._alpha_sigma(t, x_t)
         return Prediction(*to_x0_eps(output.to(alpha), x_t.to(alpha), alpha, sigma, self.prediction))
 
+    def features(self, role: Role, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, ...]:
+        """What the network's down and middle blocks make of (x_t, t, cond), each (B, C_i, h_i, w_i); the up blocks are not run."""
+        with self.roles.use(role):
+            return encoder_features(self.roles.net, partial(self.forward, x_t, t, cond))
+
     def noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps, with t (B,) in -1..T-1; t = -1 is the clean end."""
         alpha, sigma = self._alpha_sigma(t, x0)
@@ -57,6 +64,12 @@ class Denoiser:
     def jump(self, prediction: Prediction, s: Tensor) -> Tensor:
         """The DDIM jump Psi: x_s = alpha(s) x0 + sigma(s) eps (paper Eq. 1), with s (B,) in -1..T-1."""
         return self.noise(prediction.x0, prediction.eps, s)
+
+    def renoise(self, x_s: Tensor, s: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t of x_s at s <= t with fresh noise: (alpha_t / alpha_s) x_s + sqrt(sigma_t^2 - (alpha_t sigma_s / alpha_s)^2) eps."""
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self._alpha_sigma(s, x_s), self._alpha_sigma(t, x_s)
+        ratio = alpha_t / alpha_s
+        return ratio * x_s + (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt() * eps
 
     def _alpha_sigma(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.schedule(t)

@@ -207,7 +207,7 @@ def save(job: Job, engine: Engine, step: int) -> None:
     roles = job.context.roles
     optimizer, updates = engine.state_dict()
     if engine.is_main:
-        adapters = {adapter: roles.state_dict(adapter) for adapter in job.stage.adapters}
+        adapters = {adapter: roles.state_dict(adapter) for adapter in (*job.stage.adapters, *roles.attached)}
         save_checkpoint(checkpoints(job.folder), Checkpoint(step, adapters, optimizer, updates), keep_last=engine.config.keep_last)
     engine.barrier()
 

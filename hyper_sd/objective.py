@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.guidance import Cond
@@ -73,6 +73,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def encoder_only(self) -> tuple[str, ...]:
+        """Adapters on the down and middle blocks alone, for roles that are asked for features only."""
+        ...
+
+    @property
     def exports(self) -> str:
         """The adapter that is exported and handed on."""
         ...
@@ -87,6 +92,11 @@ class Stage(Protocol):
         """The points of the time grid it was trained on, which samplers must use."""
         ...
 
+    @property
+    def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
+        """What else is trained, such as a discriminator's heads: by name, a function of the network and a seed that makes it anew."""
+        ...
+
     def check(self, num_steps: int) -> None:
         """Raise ValueError, naming the key, if the stage cannot run on a teacher with this many steps. Needs no weights."""
         ...
@@ -96,3 +106,19 @@ class Stage(Protocol):
     def after_step(self, ctx: Context, step: int) -> None:
         """Called after the optimizer steps of the stage's step `step` (0-based)."""
         ...
+
+
+class StageDefaults:
+    """What most stages have none of."""
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def encoder_only(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
+        return {}

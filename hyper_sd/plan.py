@@ -74,9 +74,10 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
             stage.check(facts.schedule.num_steps)
         except ValueError as error:
             raise ValueError(str(error).replace("stage.", f"{config.stages[name].key}.")) from None
-        if unknown := config.stages[name].optimizers.keys() - set(stage.adapters):
-            given, allowed = ", ".join(sorted(unknown)), ", ".join(stage.adapters)
-            raise ValueError(f"{config.stages[name].key}.optimizers: there is no adapter {given}; the stage has {allowed}")
+        known = (*stage.adapters, *stage.modules)
+        if unknown := config.stages[name].optimizers.keys() - set(known):
+            given, allowed = ", ".join(sorted(unknown)), ", ".join(known)
+            raise ValueError(f"{config.stages[name].key}.optimizers: there is no {given} to train; the stage has {allowed}")
     if config.init is not None:
         header = inspect_lora(Path(config.init), key="init")
         header.require_rank(config.lora.rank)
@@ -113,7 +114,8 @@ class Run:
     def context(self) -> Context:
         """The teacher's network with every adapter that any stage needs."""
         adapters = dict.fromkeys(adapter for stage in self.stages.values() for adapter in stage.adapters)
-        roles = Roles(self.teacher.net, self.spec, tuple(adapters), seed=self.config.seed)
+        encoder_only = {adapter for stage in self.stages.values() for adapter in stage.encoder_only}
+        roles = Roles(self.teacher.net, self.spec, tuple(adapters), encoder_only=tuple(encoder_only), seed=self.config.seed)
         if self.config.engine.gradient_checkpointing:
             roles.enable_gradient_checkpointing()
         return Context(Denoiser(self.teacher.forward, roles, self.teacher.schedule, self.teacher.prediction), roles)
@@ -150,14 +152,16 @@ class Run:
         return True
 
     def _start_from(self, handed: Path | None, stage: Stage) -> None:
+        roles = self.context.roles
+        roles.attach({name: build(self.teacher.net, self.config.seed) for name, build in stage.modules.items()})
         for adapter in stage.fresh:
-            self.context.roles.reset(adapter)
+            roles.reset(adapter)
         if handed is None:
             return  # so are all the others
         names = [path for path, _ in self.teacher.net.named_modules()]
         file = read_lora(handed, names, spec=self.spec, fingerprint=self.facts.fingerprint)
         for adapter in set(stage.adapters) - set(stage.fresh):
-            self.context.roles.load_state_dict(adapter, file.tensors)
+            roles.load_state_dict(adapter, file.tensors)
 
     def _export(self, name: str) -> None:
         stage, plan, roles = self.stages[name], self.config.stages[name], self.context.roles

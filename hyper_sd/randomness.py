@@ -32,6 +32,10 @@ class Purpose(IntEnum):
     ROLLOUT = 12
     ROLLOUT_POSITION = 13
     ROLLOUT_NOISE = 14
+    HEADS = 15
+    ADVERSARIAL_TIMESTEP = 16
+    ADVERSARIAL_NOISE = 17
+    R1_NOISE = 18
 
 
 def _splitmix64(value: int) -> int:

@@ -41,6 +41,10 @@ class LoraSpec:
         return self.alpha / self.rank
 
 
+def _ends_with(path: str, targets: Sequence[str]) -> bool:
+    return any(f".{path}".endswith(f".{target}") for target in targets)
+
+
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(input, self.weight.to(input.dtype))
@@ -57,19 +61,24 @@ _RUNS_IN_INPUT_DTYPE: dict[type, Any] = {nn.Linear: _Linear, nn.Conv2d: _Conv2d}
 class Roles:
     """The adapters of one frozen network, by name; all have one LoraSpec, and all start equal.
 
+    Those in `encoder_only` leave the up blocks alone.
+
     Adapter weights are float32 whatever the network's dtype, and compute in the network's: float32 products on a bf16 network
     would be many times slower and keep float32 copies of its activations.
     """
 
-    def __init__(self, net: nn.Module, spec: LoraSpec, adapters: Sequence[str], *, seed: int = 0):
+    def __init__(self, net: nn.Module, spec: LoraSpec, adapters: Sequence[str], *, encoder_only: Sequence[str] = (), seed: int = 0):
         self.net, self.spec, self.adapters = net, spec, tuple(adapters)
         if any(isinstance(module, LoraLayer) for module in net.modules()):
             raise ValueError("the network already has adapters; name all of them in one Roles")
         net.requires_grad_(False)
-        config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets))  # pyright: ignore[reportArgumentType]
+        everywhere = list(spec.targets)
+        encoder = [p for p, _ in net.named_modules() if p.startswith(("down_blocks.", "mid_block.")) and _ends_with(p, spec.targets)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             for name in self.adapters:
+                targets = encoder if name in encoder_only else everywhere
+                config = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
                 inject_adapter_in_model(config, net, adapter_name=name)
         layers: dict[str, Any] = {path: m for path, m in net.named_modules() if isinstance(m, LoraLayer)}
         self._role: Role = ()
@@ -80,17 +89,37 @@ class Roles:
             for module in (*layer.lora_A.values(), *layer.lora_B.values()):
                 module.__class__ = _RUNS_IN_INPUT_DTYPE[type(module)]
         self._seed = seed
+        self._modules: dict[str, nn.Module] = {}
         self._tensors: dict[str, dict[str, nn.Parameter]] = {
             name: {
                 f"{path}.{side}.weight": getattr(layer, side)[name].weight
                 for path, layer in layers.items()
                 for side in ("lora_A", "lora_B")
+                if name in getattr(layer, side)
             }
             for name in self.adapters
         }
         for name in self.adapters:
             self.reset(name)
         net.requires_grad_(False)
+
+    def attach(self, modules: Mapping[str, nn.Module]) -> None:
+        """Modules that are trained beside the adapters, by names that are then like an adapter's; those attached before are dropped.
+
+        `use` knows adapters only: who needs a module's output calls `module(name)`.
+        """
+        if clash := sorted(modules.keys() & set(self.adapters)):
+            raise ValueError(f"{clash} are names of adapters")
+        device = next(self.net.parameters()).device
+        self._modules = {name: module.to(device).requires_grad_(False) for name, module in modules.items()}
+
+    def module(self, name: str) -> nn.Module:
+        return self._modules[name]
+
+    @property
+    def attached(self) -> tuple[str, ...]:
+        """The names of the attached modules."""
+        return tuple(self._modules)
 
     @contextmanager
     def use(self, role: Role) -> Iterator[None]:
@@ -103,17 +132,23 @@ class Roles:
             self._activate(previous)
 
     def params(self, role: Role) -> list[nn.Parameter]:
-        """The parameters of the role's adapters, in a fixed order."""
-        return [p for adapter in role for p in self.tensors(adapter).values()]
+        """The parameters of the role's adapters and modules, in a fixed order."""
+        return [p for name in role for p in self.tensors(name).values()]
 
     def trainable(self, role: Role) -> None:
-        """Let exactly the role's adapters require gradients."""
-        self.net.requires_grad_(False)
+        """Let exactly the role's adapters and modules require gradients."""
+        for module in (self.net, *self._modules.values()):
+            module.requires_grad_(False)
         for param in self.params(role):
             param.requires_grad_(True)
 
     def tensors(self, adapter: str) -> Mapping[str, nn.Parameter]:
-        """`<module path>.lora_A.weight` and `.lora_B.weight` of one adapter, not copied; KeyError for an unknown adapter."""
+        """`<module path>.lora_A.weight` and `.lora_B.weight` of one adapter, or the parameters of an attached module, not copied.
+
+        Raises KeyError for an unknown name.
+        """
+        if adapter in self._modules:
+            return dict(self._modules[adapter].named_parameters())
         if adapter not in self._tensors:
             raise KeyError(f"no adapter {adapter!r}; there are {list(self.adapters)}")
         return self._tensors[adapter]

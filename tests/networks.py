@@ -103,10 +103,12 @@ def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
     return unet.eval()
 
 
-def unet_denoiser(adapters: Sequence[str] = ("student", "target"), *, checkpointing: bool = False) -> Denoiser:
+def unet_denoiser(
+    adapters: Sequence[str] = ("student", "target"), *, encoder_only: Sequence[str] = (), checkpointing: bool = False
+) -> Denoiser:
     """A denoiser over the tiny UNet whose adapters are all different and not zero."""
     net = tiny_unet()
-    roles = Roles(net, TINY_SPEC, adapters)
+    roles = Roles(net, TINY_SPEC, adapters, encoder_only=encoder_only)
     for index, adapter in enumerate(adapters):
         randomise(roles, adapter, seed=index, scale=0.1)
     if checkpointing:

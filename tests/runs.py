@@ -19,6 +19,12 @@ from hyper_sd.plan import run_plan
 ROOT = Path(__file__).parents[1]
 STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
 SCORE = ("~stages.tscd_8", "~stages.tscd_4", "~stages.tscd_2", "+stage@stages.score=score", "stages.score.max_steps=6")
+ADVERSARIAL = (
+    *SCORE,
+    "stages.tscd_1.adversarial={weight: 0.1, backbone: lora}",
+    "+stages.tscd_1.optimizers.heads.lr=1e-3",
+    "stages.score.adversarial={weight: 0.1, real: data}",
+)
 
 
 def overrides(teacher: Path, run_dir: Path, *extra: str) -> list[str]:

@@ -3,23 +3,25 @@
 The student draws x = f_student(z) from noise z; x is noised again, and two score networks judge where it should move:
 
     grad = (x0_fake - x0_real) / mean|x - x0_real|,    the gradient of KL(student || teacher) in x, per sample       (Eq. 8)
-    L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd
+    L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd + adversarial L_G
     L_fake    = |eps_fake(noise(x, eps, t), t, c) - eps|^2
 
 The real score is the guided teacher, the fake score an adapter on the same base that follows the student's own images. With
 several step counts in `rollout` the student's inputs come from its own sampling, so that one adapter serves all of them.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyper_sd.denoiser import Denoiser, Prediction
-from hyper_sd.objective import Batch, Context, Loss, Objective, Shared
+from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, StageDefaults
 from hyper_sd.randomness import Draws, Purpose, send
+from hyper_sd.stages.adversarial import DISC, HEADS, Adversarial
 from hyper_sd.stages.tscd import STUDENT, TARGET, TSCD, GuidanceRange
 
 FAKE, CONSISTENCY = "fake", "consistency"
@@ -27,7 +29,7 @@ _SAMPLE = "sample"  # what the student's objective leaves for the fake score's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(StageDefaults):
     """One score distillation stage; the keys and their defaults are explained in configs/stage/score.yaml."""
 
     rollout: tuple[int, ...] = (1, 2, 4, 8)
@@ -41,6 +43,7 @@ class Score:
     ode_steps: int = 8
     ode_one_in: int = 4
     tscd_weight: float = 0.0
+    adversarial: Adversarial | None = None
     solver_steps: int = 40
     ema_decay: float = 0.95
 
@@ -62,14 +65,28 @@ class Score:
         for name in ("ode_steps", "ode_one_in"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name} must be at least 1: got {getattr(self, name)}")
+        if self.adversarial is not None:
+            self.adversarial.check()
+            if self.adversarial.real == "target":
+                raise ValueError("stage.adversarial.real must be data in a score stage, which has no target points: got target")
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        return (STUDENT, TARGET, FAKE, *([CONSISTENCY] if self.real_score == "consistency" else []))
+        needs_disc = self.adversarial is not None and self.adversarial.backbone == "lora"
+        wanted = {STUDENT: True, TARGET: True, FAKE: True, CONSISTENCY: self.real_score == "consistency", DISC: needs_disc}
+        return tuple(name for name, needed in wanted.items() if needed)
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        return (FAKE,)
+        return (FAKE, *self.encoder_only)
+
+    @property
+    def encoder_only(self) -> tuple[str, ...]:
+        return (DISC,) if DISC in self.adapters else ()
+
+    @property
+    def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
+        return {HEADS: self.adversarial.heads} if self.adversarial is not None else {}
 
     @property
     def exports(self) -> str:
@@ -80,10 +97,11 @@ class Score:
         return TSCD(segments=1, solver_steps=self.solver_steps, guidance=self.guidance, ema_decay=self.ema_decay)
 
     def objectives(self, ctx: Context) -> tuple[Objective, ...]:
-        return (
-            Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx.denoiser), every=self.fake_updates),
-            Objective(trains=(FAKE,), loss=partial(self.fake_loss, ctx.denoiser)),
-        )
+        student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx.denoiser), every=self.fake_updates)
+        fake = Objective(trains=(FAKE,), loss=partial(self.fake_loss, ctx.denoiser))
+        if self.adversarial is None:
+            return (student, fake)
+        return (student, fake, self.adversarial.objective(ctx.denoiser, every=self.fake_updates))
 
     def after_step(self, ctx: Context, step: int) -> None:
         if step % self.fake_updates == 0:
@@ -100,8 +118,12 @@ class Score:
             ode = self.ode_distance(denoiser, batch, z, t, x)
             value, logs["ode"] = value + self.ode_weight * ode, ode.detach()
         if self.tscd_weight > 0:
-            tscd = self._tscd.consistency_loss(denoiser, batch, shared).value
+            tscd = self._tscd.student_loss(denoiser, batch, shared).value
             value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
+        if self.adversarial is not None:
+            clean, top = torch.full_like(t, -1), denoiser.schedule.num_steps - 1
+            adversarial = self.adversarial.generator_loss(denoiser, batch, shared, x, batch.x0, clean, top).value
+            value, logs["adversarial"] = value + self.adversarial.weight * adversarial, adversarial.detach()
         return Loss(value, logs)
 
     def fake_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:

@@ -8,21 +8,23 @@ trajectory must agree:
 
 with t on the solver grid, edge <= s <= u < t, and Psi the DDIM jump. There is no c_skip or c_out, and the network is never
 told s. With k = N every segment is one solver step and the student learns the teacher's own steps; with k = 1 this is
-consistency trajectory training.
+consistency trajectory training. An adversarial term may be added (hyper_sd/stages/adversarial.py).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyper_sd.denoiser import Denoiser, Prediction
-from hyper_sd.objective import Batch, Context, Loss, Objective, Shared
+from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, StageDefaults
 from hyper_sd.randomness import Draws, Purpose, send
 from hyper_sd.roles import Role
 from hyper_sd.schedule import SolverGrid, per_sample
+from hyper_sd.stages.adversarial import DISC, HEADS, Adversarial
 
 STUDENT, TARGET, PREVIOUS = "student", "target", "previous"
 HUBER_C = 1e-3
@@ -37,7 +39,7 @@ class GuidanceRange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TSCD:
+class TSCD(StageDefaults):
     """One TSCD stage; the keys and their defaults are explained in configs/stage/tscd.yaml."""
 
     segments: int
@@ -52,6 +54,8 @@ class TSCD:
     teacher: Literal["base", "previous_stage"] = "base"
     offset_noise: float = 0.0
     empty_prompt_ratio: float = 0.0
+    distance_weight: float = 1.0
+    adversarial: Adversarial | None = None
 
     def check(self, num_steps: int) -> None:
         SolverGrid(num_steps, self.solver_steps, self.segments)
@@ -59,8 +63,9 @@ class TSCD:
             raise ValueError(f"stage.ema_decay must be at least 0 and below 1: got {self.ema_decay}")
         if not 0 <= self.empty_prompt_ratio <= 1:
             raise ValueError(f"stage.empty_prompt_ratio must be between 0 and 1: got {self.empty_prompt_ratio}")
-        if self.offset_noise < 0:
-            raise ValueError(f"stage.offset_noise must not be negative: got {self.offset_noise}")
+        for name in ("offset_noise", "distance_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"stage.{name} must not be negative: got {getattr(self, name)}")
         if self.guidance is not None and self.guidance.min > self.guidance.max:
             raise ValueError(f"stage.guidance.min must not exceed stage.guidance.max: got {self.guidance.min} > {self.guidance.max}")
         if self.teacher == "previous_stage" and self.guidance is not None:
@@ -69,14 +74,31 @@ class TSCD:
                 f"got guidance={self.guidance.min}..{self.guidance.max}; set stage.guidance=null"
             )
 
+        if self.adversarial is not None:
+            self.adversarial.check()
+            if self.compare == "x0" and self.adversarial.real == "target":
+                raise ValueError(
+                    "stage.adversarial.real=target shows the target's jump as real, and stage.compare=x0 makes none; change one"
+                )
+
     @property
     def adapters(self) -> tuple[str, ...]:
         needs_ema = self.target == "ema" or self.export_weights == "ema"
-        return (STUDENT, *([TARGET] if needs_ema else []), *([PREVIOUS] if self.teacher == "previous_stage" else []))
+        needs_disc = self.adversarial is not None and self.adversarial.backbone == "lora"
+        wanted = {STUDENT: True, TARGET: needs_ema, PREVIOUS: self.teacher == "previous_stage", DISC: needs_disc}
+        return tuple(name for name, needed in wanted.items() if needed)
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        return ()
+        return (DISC,) if DISC in self.adapters else ()
+
+    @property
+    def encoder_only(self) -> tuple[str, ...]:
+        return self.fresh
+
+    @property
+    def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
+        return {HEADS: self.adversarial.heads} if self.adversarial is not None else {}
 
     @property
     def exports(self) -> str:
@@ -91,21 +113,32 @@ class TSCD:
         return (TARGET,) if self.target == "ema" else (STUDENT,)
 
     def objectives(self, ctx: Context) -> tuple[Objective, ...]:
-        return (Objective(trains=(STUDENT,), loss=partial(self.consistency_loss, ctx.denoiser)),)
+        student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx.denoiser))
+        return (student,) if self.adversarial is None else (student, self.adversarial.objective(ctx.denoiser))
 
     def after_step(self, ctx: Context, step: int) -> None:
         if TARGET in self.adapters:
             ctx.roles.ema(STUDENT, TARGET, self.ema_decay)
 
-    def consistency_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
-        """Eq. 12 for one micro-batch: the mean over samples of the distance d."""
+    def student_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
+        """Eq. 12 for one micro-batch: the mean over samples of the distance d, and the adversarial term."""
         t, u, s = (send(point, batch.x0) for point in self.draw_points(batch.draws, denoiser.schedule.num_steps))
         batch = self._drop_captions(batch)
-        x_t = denoiser.noise(batch.x0, self._draw_noise(batch), t)
+        noise = self._draw_noise(batch)
+        x_t = denoiser.noise(batch.x0, noise, t)
         with torch.no_grad():
             goal = self.goal(denoiser, batch, x_t, t, u, s)
         student = denoiser((STUDENT,), x_t, t, batch.cond)
-        return Loss(self.distance(student.x0 if self.compare == "x0" else denoiser.jump(student, s), goal).mean())
+        reached = denoiser.jump(student, s)
+        distance = self.distance(student.x0 if self.compare == "x0" else reached, goal).mean()
+        if self.adversarial is None:
+            return Loss(self.distance_weight * distance)
+        real = goal if self.adversarial.real == "target" else denoiser.noise(batch.x0, noise, s)
+        length = denoiser.schedule.num_steps // self.segments
+        top = t // length * length + length - 1
+        adversarial = self.adversarial.generator_loss(denoiser, batch, shared, reached, real, s, top)
+        value = self.distance_weight * distance + self.adversarial.weight * adversarial.value
+        return Loss(value, {"distance": distance.detach(), "adversarial": adversarial.value.detach()})
 
     def draw_points(self, draws: Draws, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """Network times (t, u, s), each (B,): a grid point, its lower neighbour, and the jump's target; -1 is the clean end."""

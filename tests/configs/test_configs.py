@@ -144,7 +144,7 @@ def test_each_role_of_a_stage_has_its_own_optimizer() -> None:
 
 def test_an_optimizer_of_an_adapter_that_is_not_there_is_refused() -> None:
     config = run_of("+stage@stages.score=score", "stages.score.max_steps=4", "+stages.score.optimizers.fakes.lr=1e-3")
-    with pytest.raises(ValueError, match=r"stages\.score\.optimizers: there is no adapter fakes; the stage has student, target, fake"):
+    with pytest.raises(ValueError, match=r"stages\.score\.optimizers: there is no fakes to train; the stage has student, target, fake"):
         check_plan(config, inspect_teacher(config.teacher))
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runs import SCORE, STAGES, adapters, assert_same, finish, kill, start, train, wait_for
+from hyper_sd.checkpoint import load_checkpoint
+from tests.runs import ADVERSARIAL, STAGES, adapters, assert_same, finish, kill, start, train, wait_for
 from tests.tiny import tiny_sd15
 
 
@@ -84,16 +85,20 @@ def test_a_damaged_checkpoint_is_passed_over(teacher: Path, straight: Path, tmp_
     assert_same({n: v for n, v in repaired.items() if n.startswith("tscd_8/")}, {n: v for n, v in whole.items() if n.startswith("tscd_8/")})
 
 
-def test_score_distillation_continued_in_the_middle_of_a_cycle_is_the_straight_run(teacher: Path, tmp_path: Path) -> None:
+def test_score_and_discriminator_continued_in_the_middle_of_a_cycle_is_the_straight_run(teacher: Path, tmp_path: Path) -> None:
     every = ("engine.checkpoint_every_steps=3", "engine.checkpoint_every_seconds=null")  # the student is updated at steps 0, 2 and 4
-    straight = train(teacher, tmp_path / "straight", *SCORE, *every)
+    straight = train(teacher, tmp_path / "straight", *ADVERSARIAL, *every)
     again = shutil.copytree(straight, tmp_path / "again")
     for file in (again / "lora.safetensors", again / "score" / "lora.safetensors"):
         file.unlink()
     shutil.rmtree(again / "score" / "checkpoints" / "step_00000006")
-    train(teacher, again, *SCORE, *every, "resume=auto")
+    train(teacher, again, *ADVERSARIAL, *every, "resume=auto")
     assert json.loads((again / "run.json").read_text())["resumed_from"] == [4 + 3]
     assert_same(adapters(straight), adapters(again))
+    last = [load_checkpoint(run / "score" / "checkpoints" / "step_00000006").adapters for run in (straight, again)]
+    assert {"student", "target", "fake", "heads"} == last[0].keys()
+    for name, tensors in last[0].items():
+        assert_same(tensors, last[1][name])
 
 
 def test_finished_stages_are_not_trained_again(teacher: Path, tmp_path: Path) -> None:

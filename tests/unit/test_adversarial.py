@@ -1,0 +1,190 @@
+"""The adversarial term: what it trains, what it costs, and problems whose answer is known."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hyper_sd.denoiser import Denoiser
+from hyper_sd.objective import Batch, Context, Objective, Shared
+from hyper_sd.randomness import Draws, normal
+from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.stages.adversarial import HEADS, Adversarial, Heads
+from hyper_sd.stages.score import Score
+from hyper_sd.stages.tscd import TSCD, GuidanceRange
+from tests.networks import sd_schedule, unet_batch, unet_denoiser
+
+GUIDED = GuidanceRange(min=2.0, max=2.0)
+FROZEN = TSCD(segments=2, guidance=GUIDED, adversarial=Adversarial(weight=0.5))
+WITH_LORA = replace(FROZEN, adversarial=Adversarial(weight=0.5, backbone="lora", r1_weight=1.0))
+
+
+def start(stage: TSCD | Score, *, checkpointing: bool = False) -> tuple[Denoiser, tuple[Objective, ...]]:
+    denoiser = unet_denoiser(stage.adapters, encoder_only=stage.encoder_only, checkpointing=checkpointing)
+    denoiser.roles.attach({name: build(denoiser.roles.net, 0) for name, build in stage.modules.items()})
+    stage_objectives = stage.objectives(Context(denoiser, denoiser.roles))
+    denoiser.roles.trainable(tuple(name for objective in stage_objectives for name in objective.trains))
+    return denoiser, stage_objectives
+
+
+def step(objectives: tuple[Objective, ...], batch: Batch, denoiser: Denoiser) -> dict[str, list[Tensor]]:
+    """Every objective's gradients, by what it trains."""
+    shared: Shared = {}
+    gradients = {}
+    for objective in objectives:
+        value = objective.loss(batch, shared).value
+        gradients["+".join(objective.trains)] = list(torch.autograd.grad(value, denoiser.roles.params(objective.trains)))
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("stage", "trained"),
+    [
+        (FROZEN, ["student", "heads"]),
+        (WITH_LORA, ["student", "disc+heads"]),
+        (Score(rollout=(1,), adversarial=Adversarial(weight=1.0, real="data")), ["student", "fake", "heads"]),
+    ],
+)
+def test_every_objective_reaches_all_it_trains(stage: TSCD | Score, trained: list[str]) -> None:
+    denoiser, objectives = start(stage)
+    gradients = step(objectives, unet_batch(), denoiser)
+    assert list(gradients) == trained
+    heads = denoiser.roles.tensors(HEADS)
+    for name, values in gradients.items():
+        assert all(value.isfinite().all() for value in values)
+        still = [value for value in values if not value.any()]
+        assert len(still) < len(values) / 2, name
+    assert len(heads) == len(denoiser.roles.params((HEADS,)))
+
+
+def test_the_students_gradient_flows_through_the_frozen_backbone() -> None:
+    only = replace(FROZEN, distance_weight=0.0, adversarial=Adversarial(weight=1.0))
+    denoiser, (student, _) = start(only)
+    value = student.loss(unet_batch(), {}).value
+    value.backward(inputs=denoiser.roles.params(("student",)))
+    assert any(p.grad is not None and p.grad.any() for p in denoiser.roles.params(("student",)))
+    assert all(p.grad is None for p in (*denoiser.roles.params((HEADS, "target")), denoiser.roles.net.conv_in.weight))
+
+
+def test_without_weight_the_student_learns_as_without_the_term() -> None:
+    denoiser, (student, _) = start(replace(FROZEN, adversarial=Adversarial(weight=0.0)))
+    plain = TSCD(segments=2, guidance=GUIDED).objectives(Context(denoiser, denoiser.roles))[0]
+    batch = unet_batch()
+    torch.testing.assert_close(student.loss(batch, {}).value, plain.loss(batch, {}).value)
+
+
+def test_gradient_checkpointing_changes_no_gradient() -> None:
+    for stage in (FROZEN, WITH_LORA):
+        (one, plain), (two, checkpointed) = start(stage), start(stage, checkpointing=True)
+        expected, got = step(plain, unet_batch(), one), step(checkpointed, unet_batch(), two)
+        for name, values in expected.items():
+            torch.testing.assert_close(got[name], values, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_are_the_whole() -> None:
+    denoiser, objectives = start(FROZEN)
+    whole = step(objectives, unet_batch(range(4)), denoiser)
+    halves = [step(objectives, unet_batch(half), denoiser) for half in (range(2), range(2, 4))]
+    for name, values in whole.items():
+        for value, *parts in zip(values, *(half[name] for half in halves), strict=True):
+            torch.testing.assert_close(sum(parts) / 2, value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_discriminator_sees_the_segment_and_times_no_lower_than_the_points() -> None:
+    _, (student, _) = start(replace(FROZEN, segments=4))
+    seen: list[int] = []
+    for number in range(50):
+        batch, shared = unet_batch(step=number), {}
+        student.loss(batch, shared)
+        t, _, s = TSCD(segments=4).draw_points(batch.draws, 1000)
+        noised = shared["adversarial_t"]
+        assert (noised >= s).all() and torch.equal(noised // 250, t // 250)
+        seen += noised.tolist()
+    assert len(set(seen)) > 100
+
+
+def test_one_batch_serves_both_turns_in_8_passes() -> None:
+    """A forward is 1, a backward through the frozen network is 1, a pass through the encoder half counted as whole."""
+    denoiser, (student, discriminator) = start(FROZEN)
+    net, batch, passes = denoiser.roles.net, unet_batch(), Counter[str]()
+    net.conv_in.register_forward_hook(lambda _, args, out: passes.update({"forward": len(args[0])}))
+    net.conv_in.register_full_backward_hook(lambda *_: passes.update({"backward": len(batch.x0)}))
+    shared: Shared = {}
+    student.loss(batch, shared).value.backward(inputs=denoiser.roles.params(("student",)))
+    discriminator.loss(batch, shared).value.backward(inputs=denoiser.roles.params((HEADS,)))
+    assert passes["forward"] == 6 * len(batch.x0)  # teacher 2, target, student, encoder of the student's and of the real points
+
+
+def test_renoising_is_the_forward_process() -> None:
+    denoiser, _ = start(FROZEN)
+    x0, first, second = (normal((key,), range(6), (4, 8, 8)) for key in (1, 2, 3))
+    s, t = torch.tensor([-1, 0, 100, 499, 300, 998]), torch.tensor([0, 0, 100, 500, 999, 999])
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = denoiser.schedule(s), denoiser.schedule(t)
+    ratio = alpha_t / alpha_s
+    spread = (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt()
+    got = denoiser.renoise(denoiser.noise(x0, first, s), s, second, t)
+    shape = (-1, 1, 1, 1)
+    want = alpha_t.view(shape) * x0 + (ratio * sigma_s).view(shape) * first + spread.view(shape) * second
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((ratio * sigma_s).square() + spread.square(), sigma_t.square())
+
+
+class _Identity(nn.Module):
+    """A network whose one feature map is its input, and whose adapter moves nothing that is looked at."""
+
+    class config:
+        block_out_channels = (1,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_blocks, self.mid_block = nn.ModuleList([nn.Identity()]), nn.Identity()
+        self.to_q = nn.Linear(1, 1)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
+        return self.mid_block(self.down_blocks[0](x_t))
+
+
+@pytest.mark.parametrize(("gap", "loss"), [(3.0, "hinge"), (3.0, "non_saturating"), (0.5, "non_saturating"), (0.0, "non_saturating")])
+def test_the_discriminator_reaches_the_known_optimum(gap: float, loss: str) -> None:
+    """Fake and real are one number a sample, standard normal around -gap and +gap; the best logit is 2 gap x."""
+    net = _Identity()
+    roles = Roles(net, LoraSpec(rank=1, alpha=1.0, targets=("to_q",)), ("student",))
+    denoiser = Denoiser(net, roles, sd_schedule(), "eps")
+    term = Adversarial(weight=1.0, loss=loss, hidden=32)  # pyright: ignore[reportArgumentType]
+    roles.attach({HEADS: Heads((1, 1), 32, 0)})
+    roles.trainable((HEADS,))
+    optimizer = torch.optim.Adam(roles.params((HEADS,)), lr=5e-3)
+    values = []
+    for number in range(600):
+        numbers = torch.randn((2, 256, 1, 1, 1), generator=torch.Generator().manual_seed(number)).expand(-1, -1, -1, 3, 3)
+        batch = Batch(numbers[0], (torch.zeros(256, 1),), (torch.zeros(256, 1),), Draws(0, number, tuple(range(256))))
+        shared = {"adversarial_t": torch.zeros(256, dtype=torch.long), "adversarial_real": numbers[1] + gap}
+        shared |= {f"adversarial_feature_{index}": numbers[0] - gap for index in range(2)}
+        value = term.discriminator_loss(denoiser, batch, shared).value
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    logit = 2 * gap * (gap + torch.randn(100_000, generator=torch.Generator().manual_seed(0)))
+    best = 2 * (nn.functional.softplus(-logit) if loss == "non_saturating" else nn.functional.relu(1 - logit.sign())).mean().item()
+    reached = sum(values[-100:]) / 100
+    assert reached == pytest.approx(best, abs=0.06)
+    if gap == 0:
+        assert best == pytest.approx(2 * math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (TSCD(segments=1, adversarial=Adversarial(weight=-1.0)), "stage.adversarial.weight must not be negative"),
+        (TSCD(segments=1, adversarial=Adversarial(weight=1.0, hidden=12)), "stage.adversarial.hidden must be a multiple of 8"),
+        (TSCD(segments=1, compare="x0", adversarial=Adversarial(weight=1.0)), "stage.adversarial.real=target"),
+        (Score(adversarial=Adversarial(weight=1.0)), "stage.adversarial.real must be data"),
+    ],
+)
+def test_bad_keys_are_named(stage: TSCD | Score, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stage.check(1000)
