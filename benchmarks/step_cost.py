@@ -3,9 +3,10 @@
     python benchmarks/step_cost.py stage=tscd teacher=embedded batch_size=32
 
 A step is everything `fit` does for a batch that is ready: draws, noising, the teacher's solver step, the target, the loss,
-backward, clipping, optimizer step and EMA. Its bare passes are, on the same network, dtype, roles, batch and threads: the
-student's forward and backward, one batched call of the teacher for both guidance branches, and one pass of the target.
-The two are timed in turn and compared by their medians. Prints a table and, last, one line of JSON.
+backward, clipping, optimizer step and EMA; for score distillation, both steps of a cycle with one update of the student and
+two of the fake score. Its bare passes are the calls of the network in it, recorded and repeated with nothing between them
+(benchmarks/passes.py), on the same network, dtype, roles, batch and threads. The two are timed in turn and compared by their
+medians. Prints a table and, last, one line of JSON.
 
 The options are the fields of `Options`. `sd15_random` and `sdxl_random` are the full-size networks with random weights.
 """
@@ -15,25 +16,35 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from typing import Any, Literal
+from functools import cached_property, partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import passes
 from benchmarks.networks import Network, build_network, network_config, sd_schedule
 from hyper_sd.config import Count, EngineConfig, LrSchedulerConfig, NonNegativeInt, OptimizerConfig, Positive, structured
-from hyper_sd.denoiser import Denoiser, Forward
+from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
 from hyper_sd.loop import update
-from hyper_sd.objective import Batch, Context, Objective
+from hyper_sd.objective import Batch, Context, Objective, Shared
 from hyper_sd.randomness import Draws
 from hyper_sd.roles import LoraSpec, Roles
-from hyper_sd.stages.tscd import STUDENT, TSCD, GuidanceRange
+from hyper_sd.stages.adversarial import Adversarial
+from hyper_sd.stages.score import Score
+from hyper_sd.stages.tscd import TSCD, GuidanceRange
 
+T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+GUIDANCE = GuidanceRange(min=3.0, max=8.0)
+STAGES: dict[str, TSCD | Score] = {
+    "tscd": TSCD(segments=4, guidance=GUIDANCE),
+    "tscd_adversarial": TSCD(segments=4, guidance=GUIDANCE, adversarial=Adversarial(weight=0.1)),
+    "score": Score(rollout=(1,), fake_updates=2, ode_weight=0.0, guidance=GUIDANCE),
+}
 PEAK_TFLOPS = {  # dense bf16 with float32 accumulation, from the vendors' data sheets
     "B200": 2250,
     "H200": 989,
@@ -55,7 +66,7 @@ class Options:
     relative to; null looks the device up, and leaves MFU out where it is unknown.
     """
 
-    stage: Literal["tscd"] = "tscd"
+    stage: Literal["tscd", "tscd_adversarial", "score"] = "tscd"
     teacher: Literal["embedded", "sd15_random", "sdxl_random"] = "embedded"
     batch_size: Count = 32
     dtype: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -72,21 +83,31 @@ class Options:
 class Bench:
     """A stage on a network: what the steps and the bare passes share."""
 
-    stage: TSCD
+    stage: TSCD | Score
     network: Network
-    forward: Forward
     ctx: Context
     batch_size: int
 
     @classmethod
-    def build(cls, options: Options, device: torch.device, engine: Engine | None = None) -> "Bench":
-        """Without an engine, on the meta device, the passes can be counted at no cost in memory or time."""
-        stage = TSCD(segments=4, guidance=GuidanceRange(min=3.0, max=8.0))
+    def build(cls, options: Options, device: torch.device) -> "Bench":
+        """On the meta device the passes can be counted at no cost in memory or time."""
+        stage = STAGES[options.stage]
         network = build_network(*network_config(options.teacher), device, DTYPES[options.dtype])
-        forward = network.forward
         roles = Roles(network.net, LoraSpec(rank=options.rank), stage.adapters)
-        roles.trainable((STUDENT,))
-        return cls(stage, network, forward, Context(Denoiser(forward, roles, sd_schedule(), "eps"), roles), options.batch_size)
+        with device:
+            roles.attach({name: build(network.net, 0) for name, build in stage.modules.items()})
+        bench = cls(stage, network, Context(Denoiser(network.forward, roles, sd_schedule(), "eps"), roles), options.batch_size)
+        roles.trainable(tuple(name for objective in bench.objectives for name in objective.trains))
+        return bench
+
+    @cached_property
+    def objectives(self) -> tuple[Objective, ...]:
+        return self.stage.objectives(self.ctx)
+
+    @cached_property
+    def passes(self) -> list[passes.Pass]:
+        """The network's calls in one cycle."""
+        return passes.record(self.stage, self.ctx, self.batch(0))
 
     def batch(self, step: int) -> Batch:
         size, network = self.batch_size, self.network
@@ -97,13 +118,14 @@ class Bench:
 def main(argv: list[str]) -> None:
     options = parse(argv)
     engine = build_engine(options)
-    bench = Bench.build(options, engine.device, engine)
+    bench = Bench.build(options, engine.device)
     if options.gradient_checkpointing:
         bench.ctx.roles.enable_gradient_checkpointing()
     if options.compile:
         bench.network.net.compile(dynamic=False)
     step_s, bare_s = measure(bench, engine, options)
-    report(options, engine.device, step_s, bare_s, peak_memory_bytes(engine.device))
+    equivalents = passes.forward_equivalents(bench.passes, options.batch_size)
+    report(options, engine.device, step_s, bare_s, equivalents, peak_memory_bytes(engine.device))
 
 
 def build_engine(options: Options) -> Engine:
@@ -121,48 +143,39 @@ def build_engine(options: Options) -> Engine:
 
 def measure(bench: Bench, engine: Engine, options: Options) -> tuple[list[float], list[float]]:
     """Seconds of every measured step and of every measured set of bare passes, taken in turn."""
-    (objective,) = bench.stage.objectives(bench.ctx)
-    params = bench.ctx.roles.tensors(STUDENT)
-    engine.train(objective.trains, params, OptimizerConfig(lr=1e-6), LrSchedulerConfig(), options.warmup + options.steps)
-    bare = bare_passes(bench)
+    roles = bench.ctx.roles
+    for objective in bench.objectives:
+        params = {f"{name}/{key}": p for name in objective.trains for key, p in roles.tensors(name).items()}
+        engine.train(objective.trains, params, OptimizerConfig(lr=1e-6), LrSchedulerConfig(), options.warmup + options.steps)
+    bare = partial(passes.repeat, bench.passes, bench.ctx.denoiser, bench.batch(0))
     step_s: list[float] = []
     bare_s: list[float] = []
     for index in range(options.warmup + options.steps):
-        step_s.append(timed(engine.device, partial(training_step, bench, engine, objective, index, bench.batch(index))))
+        first = index * passes.cycle(bench.objectives)
+        batches = [bench.batch(first + step) for step in range(passes.cycle(bench.objectives))]
+        step_s.append(timed(engine.device, partial(training_cycle, bench, engine, first, batches)))
         bare_s.append(timed(engine.device, bare))
-        for param in params.values():
-            param.grad = None
+        for objective in bench.objectives:
+            for param in roles.params(objective.trains):
+                param.grad = None
     return step_s[options.warmup :], bare_s[options.warmup :]
 
 
-def training_step(bench: Bench, engine: Engine, objective: Objective, index: int, batch: Batch) -> None:
-    update(objective, [(batch, {})], engine)
-    bench.stage.after_step(bench.ctx, index)
-
-
-def bare_passes(bench: Bench) -> Callable[[], None]:
-    """The network passes of one step and nothing else; the gradients stay behind."""
-    roles, forward, batch = bench.ctx.roles, bench.forward, bench.batch(0)
-    t = torch.full((bench.batch_size,), 499, device=batch.x0.device)
-    both = torch.cat([batch.x0, batch.x0]), torch.cat([t, t]), tuple(torch.cat(pair) for pair in zip(batch.uncond, batch.cond, strict=True))
-
-    def run() -> None:
-        with torch.no_grad():
-            with roles.use(bench.stage.teacher_role):
-                forward(*both)
-            with roles.use(bench.stage.target_role):
-                forward(batch.x0, t, batch.cond)
-        with roles.use((STUDENT,)):
-            forward(batch.x0, t, batch.cond).sum().backward()
-
-    return run
+def training_cycle(bench: Bench, engine: Engine, first: int, batches: Sequence[Batch]) -> None:
+    for step, batch in enumerate(batches, first):
+        shared: Shared = {}
+        for objective in bench.objectives:
+            if step % objective.every == 0:
+                update(objective, [(batch, shared)], engine)
+        bench.stage.after_step(bench.ctx, step)
 
 
 def count_flops(options: Options) -> int:
     """Floating point operations of the bare passes, counted on the meta device; recomputed activations do not count."""
     bench = Bench.build(replace(options, batch_size=1), torch.device("meta"))  # torch's linear leaves the meta device for large inputs
+    _ = bench.passes  # recorded before the counter counts
     with FlopCounterMode(display=False) as counter:
-        bare_passes(bench)()
+        passes.repeat(bench.passes, bench.ctx.denoiser, bench.batch(0))
     return options.batch_size * counter.get_total_flops()
 
 
@@ -186,7 +199,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(options: Options, device: torch.device, step_s: list[float], bare_s: list[float], peak_bytes: int) -> None:
+def report(options: Options, device: torch.device, step_s: list[float], bare_s: list[float], equivalents: float, peak_bytes: int) -> None:
     step, bare = statistics.median(step_s), statistics.median(bare_s)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     flops = count_flops(options)
@@ -197,6 +210,7 @@ def report(options: Options, device: torch.device, step_s: list[float], bare_s: 
         "step_s": step,
         "bare_s": bare,
         "ratio": step / bare,
+        "forward_equivalents": equivalents,
         "samples_per_s": options.batch_size / step,
         "peak_memory_bytes": peak_bytes,
         "flops_per_step": flops,
@@ -207,13 +221,18 @@ def report(options: Options, device: torch.device, step_s: list[float], bare_s: 
     for row, seconds in (("step", step_s), ("bare network passes", bare_s)):
         low, *_, high = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 2
         print(f"{row:20}{1e3 * statistics.median(seconds):12.1f}{1e3 * low:12.1f}{1e3 * high:12.1f}")
+    print(f"{equivalents:g} forward-equivalents a sample, a backward counted as one and half a network as a whole")
     print(f"ratio {result['ratio']:.3f}   {result['samples_per_s']:.2f} samples/s   peak {peak_bytes / 2**30:.2f} GiB", end="")
     print(f"   {flops / 1e12:.3f} TFLOP a step" + (f"   MFU {result['mfu']:.1%}" if result["mfu"] else ""))
     print(json.dumps(result))
 
 
 def parse(argv: list[str]) -> Options:
-    """`key=value` arguments; raises ValueError naming the key."""
+    return parse_as(Options, argv)
+
+
+def parse_as(cls: type[T], argv: list[str]) -> T:
+    """`key=value` arguments as a dataclass; raises ValueError naming the key."""
     values: dict[str, Any] = {}
     for argument in argv:
         key, equals, value = argument.partition("=")
@@ -223,7 +242,7 @@ def parse(argv: list[str]) -> Options:
             values[key] = json.loads(value)
         except json.JSONDecodeError:
             values[key] = value
-    return structured(Options, values)
+    return structured(cls, values)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Roles:
         net.requires_grad_(False)
         everywhere = list(spec.targets)
         encoder = [p for p, _ in net.named_modules() if p.startswith(("down_blocks.", "mid_block.")) and _ends_with(p, spec.targets)]
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), next(net.parameters()).device:
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point
             for name in self.adapters:
                 targets = encoder if name in encoder_only else everywhere
@@ -130,6 +130,11 @@ class Roles:
             yield
         finally:
             self._activate(previous)
+
+    @property
+    def active(self) -> Role:
+        """The role the network runs with now."""
+        return self._role
 
     def params(self, role: Role) -> list[nn.Parameter]:
         """The parameters of the role's adapters and modules, in a fixed order."""
