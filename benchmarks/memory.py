@@ -5,7 +5,8 @@
 Counts the score stage with a discriminator: base in bf16; student, its EMA, fake score (and the discriminator's adapter, or its
 heads alone) and their Adam moments in float32. Apart from these, because they depend on the batch and on when they are freed:
 the largest role's gradients, and the activations one sample of 1024 (SDXL) or 512 pixels keeps for the student's backward, with
-and without gradient checkpointing. 1 GB = 1e9 bytes. Prints a table and, last, one line of JSON.
+and without gradient checkpointing (an upper bound: the meta device has no fused attention, so attention scores count).
+1 GB = 1e9 bytes. Prints a table and, last, one line of JSON.
 """
 
 import json

@@ -1,6 +1,7 @@
 """`fit`: the one training loop of all stages."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from hyper_sd.randomness import Draws
 from hyper_sd.roles import Role
 from hyper_sd.teachers.base import Teacher
 
+COLLAPSED = 0.3  # of the teacher's standard deviation
 LOG_EVERY = 10  # steps between two rows of metrics: the only moments at which the device is waited for
 
 
@@ -174,6 +176,7 @@ class Meter:
             raise FloatingPointError(
                 f"{self._job.plan.key}: {bad[0]} is not finite at step {done}; lower {self._job.plan.key}.optimizer.lr or check the data"
             )
+        _warn_of_collapse(self._job.plan.key, values, done)
         losses = {name: f"{value:.4g}" for name, value in values.items() if name.endswith("/loss")}
         self._bar.set_postfix({**losses, "samples/s": f"{values['samples_per_s']:.1f}"}, refresh=False)
         return values
@@ -183,6 +186,18 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
+
+
+def _warn_of_collapse(key: str, values: dict[str, float], step: int) -> None:
+    """A student whose samples lose their spread is lost long before its loss shows it."""
+    for name, spread in values.items():
+        role, _, kind = name.rpartition("/")
+        if kind == "std_sample" and spread < COLLAPSED * values.get(f"{role}/std_real", 0.0):
+            warnings.warn(
+                f"{key}: the student collapses: at step {step} its samples have a standard deviation of {spread:.3g}, the teacher's "
+                f"estimates {values[f'{role}/std_real']:.3g}; lower {key}.optimizer.lr or raise {key}.fake_updates",
+                stacklevel=2,
+            )
 
 
 class Saver:

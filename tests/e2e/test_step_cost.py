@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks.step_cost import parse
+from benchmarks import memory
+from benchmarks.passes import forward_equivalents
+from benchmarks.step_cost import Bench, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +26,20 @@ def test_last_line_is_the_result() -> None:
     assert result["samples_per_s"] == 2 / result["step_s"]
     assert 2**27 < result["peak_memory_bytes"] < 2**33
     assert result["mfu"] == result["flops_per_step"] / result["step_s"] / 1e12 > 0
+
+
+@pytest.mark.parametrize(("stage", "forwards"), [("tscd", 5), ("tscd_adversarial", 8), ("score", 10)])
+def test_forward_equivalents_of_an_update_of_the_student(stage: str, forwards: int) -> None:
+    bench = Bench.build(parse([f"stage={stage}", "rank=4", "batch_size=2"]), torch.device("meta"))
+    assert forward_equivalents(bench.passes, 2) == forwards
+
+
+@pytest.mark.parametrize(("backbone", "limit"), [("frozen", 11e9), ("lora", 13.5e9)])
+def test_all_roles_fit_beside_sdxl(backbone: str, limit: float) -> None:
+    result = memory.count(memory.Options(backbone=backbone))  # pyright: ignore[reportArgumentType]
+    assert result["base"] == pytest.approx(2 * 2.567e9, rel=1e-3) and result["adapter student"] == 4 * 196_751_360
+    assert 10e9 < result["resident"] < limit
+    assert result["activations, gradient checkpointing"] < result["activations"] / 10
 
 
 def test_unknown_key_names_the_nearest() -> None:
