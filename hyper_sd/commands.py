@@ -12,7 +12,7 @@ class ExportConfig:
 
     run: str
     stage: str | None
-    format: Literal["kohya", "diffusers"]
+    format: Literal["kohya", "diffusers", "unet"]
     dtype: Literal["fp32", "fp16", "bf16"]
     out: str | None
 

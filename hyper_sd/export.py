@@ -73,18 +73,18 @@ def verify_lora(path: Path, pipeline: Any, trained: Forward) -> float:
 
 def _verify(path: Path, pipeline: Any, trained: Forward) -> float:
     unet = pipeline.unet
-    inputs = _fixed_inputs(unet, pipeline.scheduler.config.num_train_timesteps)
-    base = _call(unet, *inputs)
+    inputs = fixed_inputs(unet, pipeline.scheduler.config.num_train_timesteps)
+    base = call_unet(unet, *inputs)
     num_modules = _load(pipeline, path)
     try:
-        loaded = _call(unet, *inputs)
+        loaded = call_unet(unet, *inputs)
     finally:
         pipeline.unload_lora_weights()
     expected = trained(*inputs).float()
     header = inspect_lora(path, key="file")
     if num_modules != len(header.modules):
         raise LoraMismatch(f"a stock pipeline took up {num_modules} of the {len(header.modules)} modules in the LoRA file")
-    error, effect = _relative(loaded, expected), _relative(base, expected)
+    error, effect = relative_error(loaded, expected), relative_error(base, expected)
     tolerance = max(TOLERANCE[DTYPES[header.dtype]], TOLERANCE[unet.dtype])
     noise = tolerance / 10 if unet.dtype == torch.float32 else tolerance
     allowed = min(tolerance, max(_OF_EFFECT * effect.max().item(), noise))
@@ -103,23 +103,40 @@ def export_run(run_dir: Path, *, stage: str | None, format: LoraFormat, dtype: L
     `out` null is a file beside the original, named after format and dtype. Raises ValueError, naming the key, before the
     teacher is loaded.
     """
-    source = _source(run_dir, stage)
-    header = inspect_lora(source, key="run")
+    source, info = run_adapter(run_dir, stage)
     out = out or source.with_name(f"lora_{format}_{dtype}.safetensors")
     if out.suffix != ".safetensors" or out.resolve() == source.resolve():
         raise ValueError(f"out={out} must be another file than the run's own {source}, with the suffix .safetensors")
-    if header.info is None:
-        raise ValueError(f"run={run_dir}: {source} was not written by a training run")
-    pipeline = load_pipeline(_teacher_config(run_dir))
+    pipeline = run_pipeline(run_dir)
     file = read_lora(source, [path for path, _ in pipeline.unet.named_modules()], key="run")
 
     def trained(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        roles = Roles(pipeline.unet, file.spec, ("exported",))
-        roles.load_state_dict("exported", file.tensors)
-        with roles.use(("exported",)):
-            return _call(pipeline.unet, x_t, t, cond)
+        return adapter_output(pipeline, source, (x_t, t, cond))
 
-    return out, export_lora(out, file.tensors, file.spec, header.info, pipeline=pipeline, trained=trained, format=format, dtype=dtype)
+    return out, export_lora(out, file.tensors, file.spec, info, pipeline=pipeline, trained=trained, format=format, dtype=dtype)
+
+
+def run_adapter(run_dir: Path, stage: str | None) -> tuple[Path, LoraInfo]:
+    """The LoRA file of a run's stage (None: of the whole run), and what it says about itself."""
+    source = _source(run_dir, stage)
+    info = inspect_lora(source, key="run").info
+    if info is None:
+        raise ValueError(f"run={run_dir}: {source} was not written by a training run")
+    return source, info
+
+
+def run_pipeline(run_dir: Path) -> Any:
+    """A fresh stock pipeline of the teacher that the run was trained on."""
+    return load_pipeline(_teacher_config(run_dir))
+
+
+def adapter_output(pipeline: Any, file: Path, inputs: tuple[Tensor, Tensor, Cond]) -> Tensor:
+    """What the pipeline's UNet, which then keeps the adapter's layers, answers under a LoRA file as the training network runs it."""
+    lora = read_lora(file, [path for path, _ in pipeline.unet.named_modules()], key="run")
+    roles = Roles(pipeline.unet, lora.spec, ("exported",))
+    roles.load_state_dict("exported", lora.tensors)
+    with roles.use(("exported",)):
+        return call_unet(pipeline.unet, *inputs)
 
 
 def _source(run_dir: Path, stage: str | None) -> Path:
@@ -149,7 +166,7 @@ def _load(pipeline: Any, path: Path) -> int:
     return sum(isinstance(module, LoraLayer) for module in pipeline.unet.modules())
 
 
-def _fixed_inputs(unet: Any, num_steps: int) -> tuple[Tensor, Tensor, Cond]:
+def fixed_inputs(unet: Any, num_steps: int) -> tuple[Tensor, Tensor, Cond]:
     """Four (x_t, t, cond) for any Stable Diffusion UNet, the same in every process; t spreads over the whole range."""
     config, generator = unet.config, torch.Generator().manual_seed(0)
     t = torch.linspace(0, num_steps - 1, 4).long()
@@ -161,12 +178,12 @@ def _fixed_inputs(unet: Any, num_steps: int) -> tuple[Tensor, Tensor, Cond]:
     return x_t.to(unet.device), t.to(unet.device), tuple(c.to(unet.device) for c in cond)
 
 
-def _call(unet: Any, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+def call_unet(unet: Any, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
     text, *added = (c.to(unet.dtype) for c in cond)
     added_cond = {"text_embeds": added[0], "time_ids": added[1]} if added else None
     return unet(x_t.to(unet.dtype), t, encoder_hidden_states=text, added_cond_kwargs=added_cond).sample.float()
 
 
-def _relative(value: Tensor, reference: Tensor) -> Tensor:
+def relative_error(value: Tensor, reference: Tensor) -> Tensor:
     """||value - reference|| / ||reference|| by input, shape (B,)."""
     return (value - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)

@@ -88,6 +88,16 @@ class Stage(Protocol):
         ...
 
     @property
+    def step_counts(self) -> tuple[int, ...]:
+        """The numbers of steps the exported adapter is made for."""
+        ...
+
+    @property
+    def start(self) -> int | None:
+        """The timestep its one step starts from; None leaves that to eval.start."""
+        ...
+
+    @property
     def solver_steps(self) -> int:
         """The points of the time grid it was trained on, which samplers must use."""
         ...
@@ -110,6 +120,8 @@ class Stage(Protocol):
 
 class StageDefaults:
     """What most stages have none of."""
+
+    start: int | None = None
 
     @property
     def fresh(self) -> tuple[str, ...]:

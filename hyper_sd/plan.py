@@ -191,9 +191,8 @@ class Run:
     def sampler(self, name: str) -> Recipe:
         """How the adapter of a stage is sampled."""
         stage, base = self.stages[name], self.teacher.pipeline.scheduler.config
-        return stage_recipe(
-            base, segments=stage.segments, solver_steps=stage.solver_steps, eta=self.config.eval.eta, start=self.config.eval.start
-        )
+        start = self.config.eval.start if stage.start is None else stage.start
+        return stage_recipe(base, stage.step_counts, solver_steps=stage.solver_steps, eta=self.config.eval.eta, start=start)
 
     def evaluate(self) -> None:
         """Measure the run's files, every process its share, and write the report."""

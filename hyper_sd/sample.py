@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from hyper_sd.randomness import Purpose, generator, normal
 from hyper_sd.teachers import inspect_teacher, load_pipeline
 
 SCHEDULERS = ("TCDScheduler", "DDIMScheduler", "LCMScheduler")
-STEP_COUNTS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +116,21 @@ def _from(start: int, num_steps: int, config: Mapping[str, Any]) -> tuple[int, .
     return tuple(round(top * (1 - i / num_steps)) * stride - 1 for i in range(num_steps))
 
 
-def stage_recipe(base: Mapping[str, Any], *, segments: int, solver_steps: int, eta: float = 1.0, start: int | None = None) -> Recipe:
-    """The recipe of a TSCD adapter: k steps at eta 0 for k segments; for k = 1 also several steps at `eta`, and one from `start`."""
-    if segments > 1:
-        return {segments: tcd_row(base, segments, solver_steps=solver_steps, eta=0.0)}
+def stage_recipe(
+    base: Mapping[str, Any], step_counts: Sequence[int], *, solver_steps: int, eta: float = 1.0, start: int | None = None
+) -> Recipe:
+    """The recipe of an adapter made for these step counts.
+
+    For k > 1 alone, of k segments: k steps at eta 0. For one step and others: one from `start`, the others at `eta`. For one step
+    alone: LCM's, whose single timestep is `start` itself, on the solver's grid or not.
+    """
+    if tuple(step_counts) == (1,):
+        top = base["num_train_timesteps"] - 1
+        return {1: replace(lcm_row(base, 1, solver_steps=solver_steps), timesteps=(top if start is None else start,))}
+    if 1 not in step_counts:
+        return {n: tcd_row(base, n, solver_steps=solver_steps, eta=0.0) for n in step_counts}
     rows = {1: tcd_row(base, 1, solver_steps=solver_steps, eta=0.0, start=start)}
-    return rows | {n: tcd_row(base, n, solver_steps=solver_steps, eta=eta) for n in STEP_COUNTS if 1 < n <= solver_steps}
+    return rows | {n: tcd_row(base, n, solver_steps=solver_steps, eta=eta) for n in step_counts if 1 < n <= solver_steps}
 
 
 def _config(scheduler: str, base: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:

@@ -92,6 +92,10 @@ class Score(StageDefaults):
     def exports(self) -> str:
         return TARGET
 
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        return self.rollout
+
     @cached_property
     def _tscd(self) -> TSCD:
         return TSCD(segments=1, solver_steps=self.solver_steps, guidance=self.guidance, ema_decay=self.ema_decay)

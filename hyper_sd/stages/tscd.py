@@ -28,6 +28,7 @@ from hyper_sd.stages.adversarial import DISC, HEADS, Adversarial
 
 STUDENT, TARGET, PREVIOUS = "student", "target", "previous"
 HUBER_C = 1e-3
+STEP_COUNTS = (1, 2, 4, 8)  # what an adapter of one segment is used with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,10 @@ class TSCD(StageDefaults):
     @property
     def exports(self) -> str:
         return TARGET if self.export_weights == "ema" else STUDENT
+
+    @property
+    def step_counts(self) -> tuple[int, ...]:
+        return (self.segments,) if self.segments > 1 else STEP_COUNTS
 
     @property
     def teacher_role(self) -> Role:

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
 
+from hyper_sd.lora_file import inspect_lora
 from tests.runs import ROOT, STAGES
 
 pytestmark = pytest.mark.slow
@@ -72,6 +74,14 @@ def test_export(smoke: Path, tmp_path: Path) -> None:
     run("export", f"run={smoke}", "stage=tscd_2", "format=diffusers", "dtype=fp16", f"out={out}", cwd=tmp_path)
     with safe_open(out, framework="pt") as file:
         assert all(file.get_slice(name).get_dtype() == "F16" for name in file.keys())  # noqa: SIM118 - no dict
+
+
+def test_export_of_a_whole_unet(smoke: Path, tmp_path: Path) -> None:
+    out = tmp_path / "unet"
+    run("export", f"run={smoke}", "format=unet", "dtype=fp16", f"out={out}", cwd=tmp_path)
+    assert UNet2DConditionModel.from_pretrained(out).config.in_channels == 12
+    info = inspect_lora(smoke / "lora.safetensors", key="lora").info
+    assert info is not None and json.loads((out / "sampler.json").read_text()) == info.recipe
 
 
 def test_a_second_run_in_the_same_directory_is_refused_and_resume_does_no_work(smoke: Path, tmp_path: Path) -> None:

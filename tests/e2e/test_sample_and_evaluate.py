@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from hyper_sd.sample import stage_recipe
+from hyper_sd.stages.tscd import STEP_COUNTS
 from tests.adapters import teacher_config, write_adapter
 from tests.tiny import BETAS, tiny_sd15
 
@@ -25,7 +26,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    write_adapter(file, teacher_config(teacher), stage_recipe(BETAS, segments=1, solver_steps=40, start=899))
+    write_adapter(file, teacher_config(teacher), stage_recipe(BETAS, STEP_COUNTS, solver_steps=40, start=899))
     return file
 
 

@@ -18,6 +18,7 @@ from hyper_sd.measure import Evaluator, Job, make_draw
 from hyper_sd.processes import Processes
 from hyper_sd.report import write
 from hyper_sd.sample import read_recipe, recipe_to_json, stage_recipe, tcd_row
+from hyper_sd.stages.tscd import STEP_COUNTS
 from hyper_sd.teachers import inspect_teacher
 from tests.adapters import teacher_config, write_adapter
 from tests.tiny import BETAS, tiny_sd15
@@ -50,7 +51,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> TeacherConfig:
 def files(teacher: TeacherConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A chain of two stages, and a final adapter with the weights of the last."""
     folder = tmp_path_factory.mktemp("run")
-    recipes = {name: stage_recipe(BETAS, segments=k, solver_steps=8, eta=0.5) for name, k in (("tscd_2", 2), ("tscd_1", 1))}
+    recipes = {
+        name: stage_recipe(BETAS, (k,) if k > 1 else STEP_COUNTS, solver_steps=8, eta=0.5) for name, k in (("tscd_2", 2), ("tscd_1", 1))
+    }
     for seed, (name, recipe) in enumerate(recipes.items()):
         write_adapter(folder / name / "lora.safetensors", teacher, recipe, stage=name, seed=seed)
     return {name: folder / name / "lora.safetensors" for name in recipes}

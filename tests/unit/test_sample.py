@@ -29,6 +29,7 @@ from hyper_sd.sample import (
     teacher_row,
 )
 from hyper_sd.schedule import SolverGrid
+from hyper_sd.stages.tscd import STEP_COUNTS
 from hyper_sd.teachers import load_pipeline, load_teacher
 from tests.adapters import ADAPTER, random_denoiser, teacher_config, write_adapter
 from tests.rollout import rollout
@@ -149,7 +150,7 @@ def test_decoded_images_are_those_of_the_pipeline(pipe):
 
 def test_an_adapter_acts_as_in_training_and_leaves_no_trace(tmp_path: Path, config: TeacherConfig, pipe):
     file = tmp_path / "lora.safetensors"
-    recipe = stage_recipe(pipe.scheduler.config, segments=2, solver_steps=40)
+    recipe = stage_recipe(pipe.scheduler.config, (2,), solver_steps=40)
     denoiser = write_adapter(file, config, recipe, stage="tscd_2")
     original = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
     with adapter(pipe, file):
@@ -165,7 +166,7 @@ def test_an_adapter_acts_as_in_training_and_leaves_no_trace(tmp_path: Path, conf
 
 def test_a_broken_adapter_leaves_the_pipeline_alone(tmp_path: Path, config: TeacherConfig, pipe):
     file = tmp_path / "lora.safetensors"
-    write_adapter(file, config, stage_recipe(pipe.scheduler.config, segments=2, solver_steps=40))
+    write_adapter(file, config, stage_recipe(pipe.scheduler.config, (2,), solver_steps=40))
     file.write_bytes(file.read_bytes()[:-100])
     row = teacher_row(pipe.scheduler.config, 1, 1.0)
     before = sample(pipe, PROMPTS, row, seed=SEED)
@@ -182,12 +183,12 @@ def test_sdxl_samples_at_its_own_and_at_another_size(tmp_path: Path):
 
 
 def test_a_recipe_survives_json():
-    recipe = stage_recipe(BETAS, segments=1, solver_steps=40, eta=0.3, start=899)
+    recipe = stage_recipe(BETAS, STEP_COUNTS, solver_steps=40, eta=0.3, start=899)
     assert list(recipe) == [1, 2, 4, 8]
     assert recipe_from_json(recipe_to_json(recipe)) == recipe
     assert recipe_to_json(recipe)["1"]["timesteps"] == [899]
     assert recipe_to_json(recipe)["4"]["config"]["original_inference_steps"] == 40
-    assert list(stage_recipe(BETAS, segments=4, solver_steps=40)) == [4]
+    assert list(stage_recipe(BETAS, (4,), solver_steps=40)) == [4]
 
 
 def test_a_recipe_keeps_the_teachers_schedule():
@@ -231,7 +232,7 @@ def rollout_like(denoiser, role, row: Sampler, cond, shape: tuple[int, ...]) -> 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory, config: TeacherConfig) -> Path:
     file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
-    write_adapter(file, config, stage_recipe(BETAS, segments=1, solver_steps=40))
+    write_adapter(file, config, stage_recipe(BETAS, STEP_COUNTS, solver_steps=40))
     return file
 
 
