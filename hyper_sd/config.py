@@ -182,7 +182,7 @@ class RunConfig:
     tracker: TrackerConfig
     stages: dict[str, StagePlan]
     seeds: Count | None = None
-    baseline: dict[str, StagePlan] = field(default_factory=dict)
+    plans: dict[str, dict[str, StagePlan]] = field(default_factory=dict)
 
     @property
     def selected(self) -> dict[str, StagePlan]:
@@ -201,8 +201,8 @@ def run_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
     _refuse_unknown(plain, known, key="")
     for key in _SHARED_STAGE_KEYS:
         plain.pop(key, None)
-    for plan in ("stages", "baseline"):
-        plain[plan] = {name: _nest_method(node, f"{plan}.{name}") for name, node in (plain.get(plan) or {}).items()}
+    plain["stages"] = _nest_methods(plain.get("stages"), "stages")
+    plain["plans"] = {name: _nest_methods(stages, f"plans.{name}") for name, stages in (plain.get("plans") or {}).items()}
     config = structured(RunConfig, plain)
     if not config.stages:
         raise ValueError("stages: there is none; add one with +stage@stages.<name>=tscd or choose a recipe")
@@ -258,13 +258,17 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def _nest_methods(nodes: Any, key: str) -> dict[str, Any]:
+    return {name: _nest_method(node, f"{key}.{name}") for name, node in (nodes or {}).items()}
+
+
 def _nest_method(node: Any, key: str) -> dict[str, Any]:
     """The flat yaml node of a stage, with the fields of its method set apart."""
     if not isinstance(node, Mapping):
         raise ValueError(f"{key}: {_got(node)}, expected the keys of a stage; remove a stage with ~{key}")
     method = {name: value for name, value in node.items() if name not in _PLAN_FIELDS}
     _checked_target(method, key)
-    return {"name": key.partition(".")[2], "method": method, **{name: node[name] for name in _PLAN_FIELDS if name in node}}
+    return {"name": key.rpartition(".")[2], "method": method, **{name: node[name] for name in _PLAN_FIELDS if name in node}}
 
 
 def _checked_target(mapping: Mapping[str, Any], key: str) -> str:

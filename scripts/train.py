@@ -10,7 +10,7 @@ from hyper_sd.config import run_config
 def main(cfg: DictConfig) -> None:
     config = run_config(cfg)
     # these import torch: only after the configuration is known to be right
-    if config.baseline:
+    if config.plans:
         from hyper_sd.ablation import run_ablation
 
         run_ablation(config)

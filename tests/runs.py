@@ -17,8 +17,9 @@ from hyper_sd.config import run_config
 from hyper_sd.plan import run_plan
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
-SCORE = ("~stages.tscd_8", "~stages.tscd_4", "~stages.tscd_2", "+stage@stages.score=score", "stages.score.max_steps=6")
+TSCD_STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
+STAGES = (*TSCD_STAGES, "score")
+SCORE = ("only=[tscd_1,score]", "stages.score.max_steps=6")
 ADVERSARIAL = (
     *SCORE,
     "stages.tscd_1.adversarial={weight: 0.1, backbone: lora}",

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from hyper_sd.ablation import check_equal_cost
 from hyper_sd.cli import compose, literal
 from hyper_sd.config import RunConfig, build_target, run_config, structured
 from hyper_sd.paths import asset_dir, config_dir
@@ -34,7 +35,8 @@ RECIPES = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
 COMMANDS = sorted(path.stem for path in config_dir().glob("*.yaml") if path.stem != "command")
 GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
-STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
+STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1", "score")
+TSCD_ONLY = ("demo_tscd", "demo_ablation")
 
 
 def run_of(*overrides: str) -> RunConfig:
@@ -54,8 +56,8 @@ def test_every_recipe_builds(recipe: str) -> None:
     config = run_of(f"recipe={recipe}", "data.path=somewhere")
     assert config.name == recipe
     assert config.run.dir == f"outputs/{recipe}"
-    assert tuple(config.stages) == STAGES
-    for plan in [*config.stages.values(), *config.baseline.values()]:
+    assert tuple(config.stages) == (STAGES[:-1] if recipe in TSCD_ONLY else STAGES)
+    for plan in [*config.stages.values(), *(stage for stages in config.plans.values() for stage in stages.values())]:
         build_target(plan.method, plan.key).check(1000)
 
 
@@ -112,11 +114,15 @@ def test_stages_take_the_guidance_of_the_teacher(teacher: str, low: float, high:
     assert (guidance.min, guidance.max) == (low, high)
 
 
-def test_the_baseline_of_the_ablation_has_as_many_steps_as_the_stages() -> None:
-    config = run_of("recipe=demo_ablation")
-    assert config.seeds == 3
-    assert sum(stage.max_steps for stage in config.baseline.values()) == sum(stage.max_steps for stage in config.stages.values())
-    assert {stage.batch_size for stage in (*config.baseline.values(), *config.stages.values())} == {config.data.batch_size}
+@pytest.mark.parametrize(("recipe", "plans"), [("demo_ablation", ["single_stage"]), ("ablation", ["dmd", "tcd_dmd"])])
+def test_the_plans_of_an_ablation_cost_the_same(recipe: str, plans: list[str]) -> None:
+    config = run_of(f"recipe={recipe}")
+    assert config.seeds == 3 and list(config.plans) == plans
+    check_equal_cost(config)
+    with pytest.raises(ValueError, match=f"plans.{plans[0]}: takes"):
+        check_equal_cost(
+            run_of(f"recipe={recipe}", "data.batch_size=16", f"plans.{plans[0]}.{next(iter(config.plans[plans[0]]))}.max_steps=8")
+        )
 
 
 def test_paths_lead_to_files() -> None:
@@ -129,13 +135,19 @@ def test_paths_lead_to_files() -> None:
 
 def test_one_stage_or_all_stages_can_be_changed() -> None:
     config = run_of("stages.tscd_2.optimizer.lr=1e-3", "stages.tscd_2.max_steps=7", "optimizer.lr=2e-4", "data.batch_size=6")
-    assert [stage.optimizer.lr for stage in config.stages.values()] == [2e-4, 2e-4, 1e-3, 2e-4]
+    assert [stage.optimizer.lr for stage in config.stages.values()] == [2e-4, 2e-4, 1e-3, 2e-4, 3e-4]  # the recipe gives the last its own
     assert config.stages["tscd_2"].max_steps == 7
     assert {stage.batch_size for stage in config.stages.values()} == {6}
 
 
 def test_each_role_of_a_stage_has_its_own_optimizer() -> None:
-    added = ("+stage@stages.score=score", "stages.score.max_steps=4", "stages.score.optimizers.fake.lr=1e-3", "optimizer.lr=2e-4")
+    added = (
+        "recipe=demo_tscd",
+        "+stage@stages.score=score",
+        "stages.score.max_steps=4",
+        "stages.score.optimizers.fake.lr=1e-3",
+        "optimizer.lr=2e-4",
+    )
     plan = run_of(*added).stages["score"]
     assert (plan.optimizer.lr, plan.optimizers["fake"].lr) == (2e-4, 1e-3)
     with pytest.raises(ValueError, match=r"stages.score.optimizers.fake.lr: got"):
@@ -143,14 +155,14 @@ def test_each_role_of_a_stage_has_its_own_optimizer() -> None:
 
 
 def test_an_optimizer_of_an_adapter_that_is_not_there_is_refused() -> None:
-    config = run_of("+stage@stages.score=score", "stages.score.max_steps=4", "+stages.score.optimizers.fakes.lr=1e-3")
+    config = run_of("+stages.score.optimizers.fakes.lr=1e-3")
     with pytest.raises(ValueError, match=r"stages\.score\.optimizers: there is no fakes to train; the stage has student, target, fake"):
         check_plan(config, inspect_teacher(config.teacher))
 
 
 def test_a_stage_can_be_dropped_and_added() -> None:
     config = run_of("~stages.tscd_8", "+stage@stages.tscd_5=tscd", "stages.tscd_5.segments=5", "stages.tscd_5.max_steps=3")
-    assert tuple(config.stages) == ("tscd_4", "tscd_2", "tscd_1", "tscd_5")
+    assert tuple(config.stages) == ("tscd_4", "tscd_2", "tscd_1", "score", "tscd_5")
     assert config.stages["tscd_5"].method["segments"] == 5
 
 

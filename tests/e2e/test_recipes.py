@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from hyper_sd.ablation import run_ablation
 from hyper_sd.cli import compose, literal
 from hyper_sd.config import run_config
 from hyper_sd.data.scenes import captions, render, sample_scenes
@@ -115,15 +116,26 @@ def test_trackers(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_the_ablation_makes_its_table(tmp_path: Path) -> None:
-    from hyper_sd.ablation import run_ablation
-
+@pytest.mark.parametrize(
+    ("recipe", "short", "rows"),
+    [
+        (
+            "demo_ablation",
+            [*SHORT[:-1], "plans.single_stage.consistency.max_steps=8"],
+            {"full": {"stage k = 4 at 4 steps", "final at 2 steps"}, "single_stage": {"final at 1 step", "final at 2 steps"}},
+        ),
+        (
+            "ablation",
+            [*SHORT, "plans.dmd.score.max_steps=18", "plans.tcd_dmd.tcd.max_steps=8"],
+            {"full": {"before score at 2 steps", "final at 1 step"}, "dmd": {"final at 1 step"}, "tcd_dmd": {"before score at 2 steps"}},
+        ),
+    ],
+)
+def test_an_ablation_makes_its_table(recipe: str, short: list[str], rows: dict[str, set[str]], tmp_path: Path) -> None:
     teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
     tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64", "lora.rank=4"]
-    cfg = compose("train", ["recipe=demo_ablation", "seeds=2", *tiny, *SHORT, "baseline.consistency.max_steps=8", f"run.dir={run_dir}"])
-    run_ablation(run_config(cfg))
-    results = json.loads((run_dir / "ablation.json").read_text())
-    assert all(len(values) == 2 for row in results["segmented"].values() for values in row.values())
+    run_ablation(run_config(compose("train", [f"recipe={recipe}", "seeds=2", *tiny, *short, f"run.dir={run_dir}"])))
+    plans = json.loads((run_dir / "ablation.json").read_text())["plans"]
+    assert plans.keys() == rows.keys() and all(rows[name] <= plans[name].keys() for name in rows)
+    assert all(len(values) == 2 for found in plans.values() for row in found.values() for values in row.values())
     assert "| final at 2 steps | accuracy |" in (run_dir / "ablation.md").read_text()
-    with pytest.raises(ValueError, match="baseline"):
-        run_ablation(run_config(compose("train", ["recipe=demo_ablation", *SHORT, f"run.dir={run_dir}"])))
