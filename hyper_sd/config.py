@@ -136,6 +136,8 @@ class EvalConfig:
     guidance: Annotated[float, Range(low=1)] | None = None
     eta: Annotated[float, Range(low=0, high=1)] = 1.0
     start: NonNegativeInt | None = None
+    student_guidance: Annotated[float, Range(low=1)] = 1.0
+    negatives: NonNegativeInt = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ which can only make the gaps larger.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig, st
 from hyper_sd.data import Source, build_source
 from hyper_sd.lora_file import replace_recipe
 from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, tensors_digest
+from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
 from hyper_sd.teachers import inspect_teacher
@@ -67,6 +68,7 @@ class Evaluation:
     choice: Choice
     facts: dict[str, Any]
     grid_prompts: list[str]
+    negative_prompts: list[NegativePrompts]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -85,6 +87,7 @@ class Evaluation:
                 "sweep": self.choice.rows,
             },
             "grid_prompts": self.grid_prompts,
+            "negative_prompts": [asdict(result) for result in self.negative_prompts],
         }
 
     def grids(self) -> dict[str, dict[str, Tensor]]:
@@ -124,7 +127,11 @@ def evaluate_again(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
     """
     assert cfg.run is not None
     run = read_run(Path(cfg.run))
-    run = replace(run, run=replace(run.run, dir=cfg.run), eval=replace(cfg.eval, judge=run.eval.judge))
+    run = replace(
+        run,
+        run=replace(run.run, dir=cfg.run),
+        eval=replace(cfg.eval, judge=run.eval.judge, negatives=cfg.eval.negatives or run.eval.negatives),
+    )
     evaluation = evaluate_run(run, processes, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size))
     final = Path(cfg.run) / "lora.safetensors"
     for file in (final, *Path(cfg.run).glob("*/lora.safetensors")) if processes.is_main else ():
@@ -192,7 +199,16 @@ def evaluate(
         choice=choice,
         facts=_facts(evaluator, cfg, draws, started),
         grid_prompts=draws[0].prompts[:NUM_GRID],
+        negative_prompts=_negative_prompts(evaluator, cfg, last, choice.final),
     )
+
+
+def _negative_prompts(evaluator: Evaluator, cfg: EvalConfig, final: Adapter | None, recipe: Recipe) -> list[NegativePrompts]:
+    """For the final adapter's rows that have guidance, and for the teacher."""
+    if cfg.negatives == 0 or evaluator.judge is None or final is None:
+        return []
+    jobs = [Job(None, evaluator.teacher_row(cfg.teacher_steps)), *(Job(final.file, recipe[n]) for n in cfg.steps)]
+    return [negative_prompts(evaluator, job, cfg.negatives, cfg.seed) for job in jobs if job.sampler.guidance_scale > 1]
 
 
 def choose(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], ends: list[Tensor] | None, final: Adapter | None) -> Choice:

@@ -192,7 +192,10 @@ class Run:
         """How the adapter of a stage is sampled."""
         stage, base = self.stages[name], self.teacher.pipeline.scheduler.config
         start = self.config.eval.start if stage.start is None else stage.start
-        return stage_recipe(base, stage.step_counts, solver_steps=stage.solver_steps, eta=self.config.eval.eta, start=start)
+        cfg = self.config.eval
+        return stage_recipe(
+            base, stage.step_counts, solver_steps=stage.solver_steps, eta=cfg.eta, start=start, guidance=cfg.student_guidance
+        )
 
     def evaluate(self) -> None:
         """Measure the run's files, every process its share, and write the report."""

@@ -89,7 +89,15 @@ def table(report: Mapping[str, Any]) -> str:
     lines = [["", *(name.replace("_", " ") for name in metrics)]]
     lines += [[label, *(_figure(row, name) for name in metrics)] for label, row in _lines(report)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*rows, *map(_negative, report.get("negative_prompts", []))])
+
+
+def _negative(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['adapter']}, {_steps(str(result['steps']))}, guidance {result['guidance']:g}: the judge finds the second object in "
+        f"{result['found_without']:.3f} of {result['prompts']} images, with a negative prompt that names it in {result['found_with']:.3f}"
+    )
 
 
 def _lines(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,20 +118,29 @@ def _from(start: int, num_steps: int, config: Mapping[str, Any]) -> tuple[int, .
 
 
 def stage_recipe(
-    base: Mapping[str, Any], step_counts: Sequence[int], *, solver_steps: int, eta: float = 1.0, start: int | None = None
+    base: Mapping[str, Any],
+    step_counts: Sequence[int],
+    *,
+    solver_steps: int,
+    eta: float = 1.0,
+    start: int | None = None,
+    guidance: float = 1.0,
 ) -> Recipe:
     """The recipe of an adapter made for these step counts.
 
     For k > 1 alone, of k segments: k steps at eta 0. For one step and others: one from `start`, the others at `eta`. For one step
-    alone: LCM's, whose single timestep is `start` itself, on the solver's grid or not.
+    alone: LCM's, whose single timestep is `start` itself, on the solver's grid or not. `guidance` is 1, off, unless the adapter
+    was trained without guidance in it.
     """
+    tcd = partial(tcd_row, base, solver_steps=solver_steps)
     if tuple(step_counts) == (1,):
-        top = base["num_train_timesteps"] - 1
-        return {1: replace(lcm_row(base, 1, solver_steps=solver_steps), timesteps=(top if start is None else start,))}
-    if 1 not in step_counts:
-        return {n: tcd_row(base, n, solver_steps=solver_steps, eta=0.0) for n in step_counts}
-    rows = {1: tcd_row(base, 1, solver_steps=solver_steps, eta=0.0, start=start)}
-    return rows | {n: tcd_row(base, n, solver_steps=solver_steps, eta=eta) for n in step_counts if 1 < n <= solver_steps}
+        top = base["num_train_timesteps"] - 1 if start is None else start
+        rows = {1: replace(lcm_row(base, 1, solver_steps=solver_steps), timesteps=(top,))}
+    elif 1 not in step_counts:
+        rows = {n: tcd(n, eta=0.0) for n in step_counts}
+    else:
+        rows = {1: tcd(1, eta=0.0, start=start)} | {n: tcd(n, eta=eta) for n in step_counts if 1 < n <= solver_steps}
+    return {n: replace(row, guidance_scale=guidance) for n, row in rows.items()}
 
 
 def _config(scheduler: str, base: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -154,32 +164,43 @@ def sample(
     *,
     seed: int,
     index: Sequence[int] | None = None,
+    negatives: Sequence[str] | None = None,
     image_size: int | None = None,
     batch_size: int = 64,
     advance: Callable[[int], Any] | None = None,
 ) -> Tensor:
     """Clean latents (len(prompts), C, H, W), float32 on the CPU, by the pipeline's own `__call__`; `decode` makes images of them.
 
-    Sample i starts from the noise of (seed, index[i]), by default index[i] = i. `advance(n)` is told after every batch of n.
+    Sample i starts from the noise of (seed, index[i]), by default index[i] = i.
+    `negatives` are negative prompts, for guidance above 1. `advance(n)` is told after every batch of n.
     """
     index = range(len(prompts)) if index is None else index
     shape, latents = latent_shape(pipe, image_size), []
     with _scheduler(pipe, row):
         for start in range(0, len(prompts), batch_size):
             rows = slice(start, start + batch_size)
-            latents.append(_sample_batch(pipe, list(prompts[rows]), row, seed, list(index[rows]), shape, image_size))
+            texts = list(prompts[rows]), None if negatives is None else list(negatives[rows])
+            latents.append(_sample_batch(pipe, texts, row, seed, list(index[rows]), shape, image_size))
             if advance is not None:
                 advance(len(latents[-1]))
     return torch.cat(latents) if latents else torch.zeros(0, *shape)
 
 
 def _sample_batch(
-    pipe: Any, prompts: list[str], row: Sampler, seed: int, index: list[int], shape: tuple[int, ...], image_size: int | None
+    pipe: Any,
+    texts: tuple[list[str], list[str] | None],
+    row: Sampler,
+    seed: int,
+    index: list[int],
+    shape: tuple[int, ...],
+    image_size: int | None,
 ) -> Tensor:
     noise = normal((seed, Purpose.SAMPLE), index, shape)
     grid = {"num_inference_steps": row.num_steps} if row.timesteps is None else {"timesteps": list(row.timesteps)}
+    prompts, negatives = texts
     output = pipe(
         prompts,
+        negative_prompt=negatives,
         height=image_size,
         width=image_size,
         latents=noise.to(pipe.device, pipe.unet.dtype),

@@ -4,7 +4,7 @@ The embedded teacher was trained on them and the demo distils on them. A scene i
 data set has no files, no end and no epoch.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -69,6 +69,10 @@ class Scenes:
         """All attributes as one integer tensor (B, 13): shape x4, color x4, size x4, background."""
         return torch.from_numpy(np.concatenate([self.shape, self.color, self.size, self.background[:, None]], axis=1).astype(np.int64))
 
+    def rows(self, index: np.ndarray) -> "Scenes":
+        """Some of the scenes."""
+        return Scenes(*(getattr(self, item.name)[index] for item in fields(self)))
+
     def fully_stated(self) -> "Scenes":
         """The same scenes with captions that leave nothing open."""
         return replace(self, stated=np.ones_like(self.stated))
@@ -114,6 +118,11 @@ def captions(scenes: Scenes) -> list[str]:
     return [_caption(scenes, row) for row in range(len(scenes))]
 
 
+def phrases(scenes: Scenes) -> list[list[str]]:
+    """Of every scene, what its caption calls each object, in that order."""
+    return [[_phrase(scenes, row, place) for place in _places(scenes, row)] for row in range(len(scenes))]
+
+
 def render(scenes: Scenes) -> Tensor:
     """Draw the scenes with anti-aliased edges: float32 (B, 3, 32, 32) in [0, 1]."""
     batch = len(scenes)
@@ -153,12 +162,16 @@ def _coverage(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
 
 
 def _caption(scenes: Scenes, row: int) -> str:
-    places = [place for place in range(NUM_PLACES) if scenes.shape[row, place] != EMPTY]
-    places.sort(key=lambda place: place != scenes.first[row])
-    phrases = " and ".join(_phrase(scenes, row, place) for place in places)
+    objects = " and ".join(_phrase(scenes, row, place) for place in _places(scenes, row))
     if not scenes.stated[row, 3 * NUM_PLACES]:
-        return phrases
-    return f"{phrases} on a {list(BACKGROUNDS)[scenes.background[row]]} background"
+        return objects
+    return f"{objects} on a {list(BACKGROUNDS)[scenes.background[row]]} background"
+
+
+def _places(scenes: Scenes, row: int) -> list[int]:
+    """The places of objects, the one that is named first before the others."""
+    places = [place for place in range(NUM_PLACES) if scenes.shape[row, place] != EMPTY]
+    return sorted(places, key=lambda place: place != scenes.first[row])
 
 
 def _phrase(scenes: Scenes, row: int, place: int) -> str:

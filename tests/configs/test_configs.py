@@ -36,7 +36,7 @@ COMMANDS = sorted(path.stem for path in config_dir().glob("*.yaml") if path.stem
 GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
 STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1", "score")
-TSCD_ONLY = ("demo_tscd", "demo_ablation")
+TSCD_ONLY = ("demo_tscd", "demo_ablation", "cfg_preserving")
 
 
 def run_of(*overrides: str) -> RunConfig:
