@@ -176,7 +176,7 @@ class Meter:
             raise FloatingPointError(
                 f"{self._job.plan.key}: {bad[0]} is not finite at step {done}; lower {self._job.plan.key}.optimizer.lr or check the data"
             )
-        _warn_of_collapse(self._job.plan.key, values, done)
+        warn_of_collapse(self._job.plan.key, values, done)
         losses = {name: f"{value:.4g}" for name, value in values.items() if name.endswith("/loss")}
         self._bar.set_postfix({**losses, "samples/s": f"{values['samples_per_s']:.1f}"}, refresh=False)
         return values
@@ -188,7 +188,7 @@ class Meter:
         self._bar.close()
 
 
-def _warn_of_collapse(key: str, values: dict[str, float], step: int) -> None:
+def warn_of_collapse(key: str, values: dict[str, float], step: int) -> None:
     """A student whose samples lose their spread is lost long before its loss shows it."""
     for name, spread in values.items():
         role, _, kind = name.rpartition("/")

@@ -51,12 +51,16 @@ class Objective:
     every: int = 1
 
 
+Reward = Callable[[Tensor, "Batch"], Tensor]
+
+
 @dataclass(frozen=True)
 class Context:
-    """What the mathematics of a stage may touch."""
+    """What the mathematics of a stage may touch. `reward(x0, batch)` answers (B,), higher is better, with a gradient to x0."""
 
     denoiser: Denoiser
     roles: Roles
+    reward: Reward | None = None
 
 
 class Stage(Protocol):

@@ -3,7 +3,7 @@
 The student draws x = f_student(z) from noise z; x is noised again, and two score networks judge where it should move:
 
     grad = (x0_fake - x0_real) / mean|x - x0_real|,    the gradient of KL(student || teacher) in x, per sample       (Eq. 8)
-    L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd + adversarial L_G
+    L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd + adversarial L_G - reward R(x)
     L_fake    = |eps_fake(noise(x, eps, t), t, c) - eps|^2
 
 The real score is the guided teacher, the fake score an adapter on the same base that follows the student's own images. With
@@ -43,6 +43,7 @@ class Score(StageDefaults):
     ode_steps: int = 8
     ode_one_in: int = 4
     tscd_weight: float = 0.0
+    reward_weight: float = 0.0
     adversarial: Adversarial | None = None
     solver_steps: int = 40
     ema_decay: float = 0.95
@@ -59,7 +60,7 @@ class Score(StageDefaults):
             raise ValueError(f"stage.fake_updates must be at least 1: got {self.fake_updates}")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ValueError(f"stage.t_min and stage.t_max must be 0 <= t_min < t_max <= 1: got {self.t_min}, {self.t_max}")
-        for name in ("ode_weight", "tscd_weight"):
+        for name in ("ode_weight", "tscd_weight", "reward_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"stage.{name} must not be negative: got {getattr(self, name)}")
         for name in ("ode_steps", "ode_one_in"):
@@ -101,7 +102,9 @@ class Score(StageDefaults):
         return TSCD(segments=1, solver_steps=self.solver_steps, guidance=self.guidance, ema_decay=self.ema_decay)
 
     def objectives(self, ctx: Context) -> tuple[Objective, ...]:
-        student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx.denoiser), every=self.fake_updates)
+        if self.reward_weight > 0 and ctx.reward is None:
+            raise ValueError(f"stage.reward_weight={self.reward_weight} needs a reward model, and the run has none; set it to 0")
+        student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx), every=self.fake_updates)
         fake = Objective(trains=(FAKE,), loss=partial(self.fake_loss, ctx.denoiser))
         if self.adversarial is None:
             return (student, fake)
@@ -111,8 +114,9 @@ class Score(StageDefaults):
         if step % self.fake_updates == 0:
             ctx.roles.ema(STUDENT, TARGET, self.ema_decay)
 
-    def student_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
+    def student_loss(self, ctx: Context, batch: Batch, shared: Shared) -> Loss:
         """Distribution matching on the student's own sample, plus what keeps it in place."""
+        denoiser = ctx.denoiser
         z, t = self.student_input(denoiser, batch)
         x = denoiser((STUDENT,), z, t, batch.cond).x0
         shared[_SAMPLE] = x.detach()
@@ -124,6 +128,9 @@ class Score(StageDefaults):
         if self.tscd_weight > 0:
             tscd = self._tscd.student_loss(denoiser, batch, shared).value
             value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
+        if self.reward_weight > 0 and ctx.reward is not None:
+            reward = ctx.reward(x, batch).mean()
+            value, logs["reward"] = value - self.reward_weight * reward, reward.detach()
         if self.adversarial is not None:
             clean, top = torch.full_like(t, -1), denoiser.schedule.num_steps - 1
             adversarial = self.adversarial.generator_loss(denoiser, batch, shared, x, batch.x0, clean, top).value
