@@ -77,6 +77,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def trains(self) -> tuple[str, ...]:
+        """The adapters and modules that an optimizer may be given for; some may be switched off."""
+        ...
+
+    @property
     def encoder_only(self) -> tuple[str, ...]:
         """Adapters on the down and middle blocks alone, for roles that are asked for features only."""
         ...

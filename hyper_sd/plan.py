@@ -74,10 +74,9 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
             stage.check(facts.schedule.num_steps)
         except ValueError as error:
             raise ValueError(str(error).replace("stage.", f"{config.stages[name].key}.")) from None
-        known = (*stage.adapters, *stage.modules)
-        if unknown := config.stages[name].optimizers.keys() - set(known):
-            given, allowed = ", ".join(sorted(unknown)), ", ".join(known)
-            raise ValueError(f"{config.stages[name].key}.optimizers: there is no {given} to train; the stage has {allowed}")
+        if unknown := config.stages[name].optimizers.keys() - set(stage.trains):
+            given, allowed = ", ".join(sorted(unknown)), ", ".join(stage.trains)
+            raise ValueError(f"{config.stages[name].key}.optimizers: there is no {given} to train; the stage trains {allowed}")
     if config.init is not None:
         header = inspect_lora(Path(config.init), key="init")
         header.require_rank(config.lora.rank)

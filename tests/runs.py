@@ -23,7 +23,7 @@ SCORE = ("only=[tscd_1,score]", "stages.score.max_steps=6")
 ADVERSARIAL = (
     *SCORE,
     "stages.tscd_1.adversarial={weight: 0.1, backbone: lora}",
-    "+stages.tscd_1.optimizers.heads.lr=1e-3",
+    "stages.tscd_1.optimizers.heads.lr=1e-3",
     "stages.score.adversarial={weight: 0.1, real: data}",
 )
 

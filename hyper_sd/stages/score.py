@@ -82,6 +82,10 @@ class Score(StageDefaults):
         return (FAKE, *self.encoder_only)
 
     @property
+    def trains(self) -> tuple[str, ...]:
+        return (STUDENT, FAKE, HEADS)
+
+    @property
     def encoder_only(self) -> tuple[str, ...]:
         return (DISC,) if DISC in self.adapters else ()
 

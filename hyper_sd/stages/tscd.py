@@ -94,6 +94,10 @@ class TSCD(StageDefaults):
         return (DISC,) if DISC in self.adapters else ()
 
     @property
+    def trains(self) -> tuple[str, ...]:
+        return (STUDENT, HEADS)
+
+    @property
     def encoder_only(self) -> tuple[str, ...]:
         return self.fresh
 

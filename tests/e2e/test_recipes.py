@@ -15,7 +15,7 @@ from hyper_sd.config import run_config
 from hyper_sd.data.scenes import captions, render, sample_scenes
 from hyper_sd.plan import run_plan
 from hyper_sd.report import to_image
-from tests.runs import STAGES
+from tests.runs import STAGES, TSCD_STAGES
 from tests.tiny import tiny_sd15, tiny_sdxl
 
 SHORT = [f"stages.{stage}.max_steps=2" for stage in STAGES]
@@ -51,8 +51,8 @@ def shards(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "{0..1}.tar")
 
 
-def check_run(run_dir: Path, rank: int) -> None:
-    for stage in STAGES:
+def check_run(run_dir: Path, rank: int, stages: tuple[str, ...] = STAGES) -> None:
+    for stage in stages:
         with safe_open(run_dir / stage / "lora.safetensors", framework="pt") as file:
             assert {file.get_slice(name).get_shape()[0] for name in file.keys() if "lora_down" in name} == {rank}  # noqa: SIM118 - no dict
         assert (run_dir / stage / "grid.png").stat().st_size > 0
@@ -96,12 +96,19 @@ def test_sdxl_from_shards(shards: str, tmp_path: Path) -> None:
     check_run(run_dir, rank=8)
 
 
-@pytest.mark.parametrize("recipe", ["demo", "demo_long"])
-def test_demo_recipes(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "stages"), [("demo", STAGES), ("demo_long", TSCD_STAGES), ("cfg_preserving", TSCD_STAGES)])
+def test_demo_recipes(recipe: str, stages: tuple[str, ...], tmp_path: Path) -> None:
     teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
-    tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64"]
-    train(f"recipe={recipe}", *tiny, *SHORT, f"run.dir={run_dir}")
-    check_run(run_dir, rank=32)
+    tiny = [
+        f"teacher.path={teacher}",
+        "data.batch_size=4",
+        "eval.prompts=8",
+        "eval.teacher_steps=2",
+        "eval.reference=64",
+        "eval.negatives=4",
+    ]
+    train(f"recipe={recipe}", *tiny, *SHORT[: len(stages)], f"run.dir={run_dir}")
+    check_run(run_dir, rank=32, stages=stages)
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
