@@ -99,7 +99,7 @@ class Score(StageDefaults):
 
     @property
     def step_counts(self) -> tuple[int, ...]:
-        return self.rollout
+        return tuple(dict.fromkeys(self.rollout))
 
     @cached_property
     def _tscd(self) -> TSCD:
