@@ -38,10 +38,12 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, hidden, 3, padding=1), nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, 1, 1)) for c in channels
         )
-        for index, param in enumerate(self.parameters()):
-            if param.ndim > 1 and not param.is_meta:
-                draw = torch.randn(param.shape, generator=generator(seed, Purpose.HEADS, index))
-                param.data.copy_(draw * param[0].numel() ** -0.5)
+        convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        for index, module in enumerate(convolutions if not next(self.parameters()).is_meta else ()):
+            assert module.bias is not None
+            draw = torch.randn(module.weight.shape, generator=generator(seed, Purpose.HEADS, index))
+            module.weight.data.copy_(draw * module.weight[0].numel() ** -0.5)
+            module.bias.data.zero_()
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Logits (B, 1, h_i, w_i) of features (B, C_i, h_i, w_i)."""

@@ -60,6 +60,12 @@ def test_every_objective_reaches_all_it_trains(stage: TSCD | Score, trained: lis
     assert len(heads) == len(denoiser.roles.params((HEADS,)))
 
 
+def test_heads_are_a_function_of_their_seed() -> None:
+    one, two, other = (Heads((8, 16), 8, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    assert any(not torch.equal(value, other[name]) for name, value in one.items())
+
+
 def test_the_students_gradient_flows_through_the_frozen_backbone() -> None:
     only = replace(FROZEN, distance_weight=0.0, adversarial=Adversarial(weight=1.0))
     denoiser, (student, _) = start(only)
