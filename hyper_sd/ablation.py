@@ -14,7 +14,7 @@ from hyper_sd.config import RunConfig, RunDirConfig, StagePlan
 from hyper_sd.engine import Engine
 from hyper_sd.files import replace_file, write_json
 from hyper_sd.measure import Draw, Evaluator, Job, Row, make_draw
-from hyper_sd.plan import LORA, train_plan
+from hyper_sd.plan import LORA, check_plan, train_plan
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, lcm_row, read_recipe
 from hyper_sd.teachers import inspect_teacher
@@ -26,6 +26,7 @@ _METRICS = {"mse_to_teacher": "distance to the teacher's end point", "accuracy":
 def run_ablation(config: RunConfig) -> None:
     """Train every plan with every seed (finished runs are kept), measure all on one draw, and write ablation.json and ablation.md."""
     check_equal_cost(config)
+    check_plans(config)
     engine = Engine(config.engine)
     finished = [train_plan(run, engine) is not None for _, _, run in runs_of(config)]
     if all(finished):
@@ -47,6 +48,16 @@ def check_equal_cost(config: RunConfig) -> None:
                 f"plans.{name}: takes {cost[0]} updates of the student and {cost[1]} samples, the stages {wanted[0]} and {wanted[1]}; "
                 "make max_steps and batch_size add up to the same"
             )
+
+
+def check_plans(config: RunConfig) -> None:
+    """Raise ValueError, naming the key, if a stage of any plan cannot run; before the first of them is trained."""
+    facts = inspect_teacher(config.teacher)
+    for plan, _, run in runs_of(replace(config, seeds=1)):
+        try:
+            check_plan(run, facts)
+        except ValueError as error:
+            raise ValueError(str(error) if plan == FULL else str(error).replace("stages.", f"plans.{plan}.")) from None
 
 
 def _cost(stages: Mapping[str, StagePlan]) -> tuple[int, int]:

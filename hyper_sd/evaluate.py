@@ -207,7 +207,7 @@ def _negative_prompts(evaluator: Evaluator, cfg: EvalConfig, final: Adapter | No
     """For the final adapter's rows that have guidance, and for the teacher."""
     if cfg.negatives == 0 or evaluator.judge is None or final is None:
         return []
-    jobs = [Job(None, evaluator.teacher_row(cfg.teacher_steps)), *(Job(final.file, recipe[n]) for n in cfg.steps)]
+    jobs = [Job(None, evaluator.teacher_row(cfg.teacher_steps)), *(Job(final.file, recipe[n]) for n in cfg.steps if n in recipe)]
     return [negative_prompts(evaluator, job, cfg.negatives, cfg.seed) for job in jobs if job.sampler.guidance_scale > 1]
 
 

@@ -127,6 +127,13 @@ class Stage(Protocol):
         ...
 
 
+def check_not_negative(key: str, owner: object, *names: str) -> None:
+    """Raise ValueError, naming `key`.<name>, if one of the owner's fields is below 0."""
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ValueError(f"{key}.{name} must not be negative: got {getattr(owner, name)}")
+
+
 class StageDefaults:
     """What most stages have none of."""
 

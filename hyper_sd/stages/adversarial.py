@@ -11,7 +11,7 @@ Each is a mean over heads and positions. The student's turn comes first and leav
 sample's features too, for the discriminator's: one batch serves both.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.features import encoder_channels
-from hyper_sd.objective import Batch, Loss, Objective, Shared
+from hyper_sd.objective import Batch, Loss, Objective, Shared, StageDefaults, check_not_negative
 from hyper_sd.randomness import Draws, Purpose, generator, send
 from hyper_sd.roles import Role
 
@@ -63,9 +63,7 @@ class Adversarial:
     hidden: int = 64
 
     def check(self, key: str = "stage.adversarial") -> None:
-        for name in ("weight", "r1_weight", "r1_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{key}.{name} must not be negative: got {getattr(self, name)}")
+        check_not_negative(key, self, "weight", "r1_weight", "r1_noise")
         if self.hidden < 8 or self.hidden % 8:
             raise ValueError(f"{key}.hidden must be a multiple of 8: got {self.hidden}")
 
@@ -129,6 +127,20 @@ class Adversarial:
 
     def _logits(self, denoiser: Denoiser, features: Sequence[Tensor]) -> list[Tensor]:
         return denoiser.roles.module(HEADS)(features)
+
+
+class TakesAdversarial(StageDefaults):
+    """What a stage with the field `adversarial` needs for it."""
+
+    adversarial: Adversarial | None
+
+    @property
+    def encoder_only(self) -> tuple[str, ...]:
+        return () if self.adversarial is None else self.adversarial.role
+
+    @property
+    def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
+        return {} if self.adversarial is None else {HEADS: self.adversarial.heads}
 
 
 def _mean(parts: Iterable[Tensor]) -> Tensor:

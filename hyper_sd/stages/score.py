@@ -10,18 +10,17 @@ The real score is the guided teacher, the fake score an adapter on the same base
 several step counts in `rollout` the student's inputs come from its own sampling, so that one adapter serves all of them.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyper_sd.denoiser import Denoiser, Prediction
-from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, StageDefaults
+from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, check_not_negative
 from hyper_sd.randomness import Draws, Purpose, send
-from hyper_sd.stages.adversarial import DISC, HEADS, Adversarial
+from hyper_sd.stages.adversarial import HEADS, Adversarial, TakesAdversarial
 from hyper_sd.stages.tscd import STUDENT, TARGET, TSCD, GuidanceRange
 
 FAKE, CONSISTENCY = "fake", "consistency"
@@ -29,7 +28,7 @@ _SAMPLE = "sample"  # what the student's objective leaves for the fake score's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(StageDefaults):
+class Score(TakesAdversarial):
     """One score distillation stage; the keys and their defaults are explained in configs/stage/score.yaml."""
 
     rollout: tuple[int, ...] = (1, 2, 4, 8)
@@ -60,9 +59,9 @@ class Score(StageDefaults):
             raise ValueError(f"stage.fake_updates must be at least 1: got {self.fake_updates}")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ValueError(f"stage.t_min and stage.t_max must be 0 <= t_min < t_max <= 1: got {self.t_min}, {self.t_max}")
-        for name in ("ode_weight", "tscd_weight", "reward_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"stage.{name} must not be negative: got {getattr(self, name)}")
+        check_not_negative("stage", self, "ode_weight", "tscd_weight", "reward_weight")
+        if self.reward_weight > 0:
+            raise ValueError(f"stage.reward_weight must be 0, for no run has a reward model yet: got {self.reward_weight}")
         for name in ("ode_steps", "ode_one_in"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name} must be at least 1: got {getattr(self, name)}")
@@ -73,9 +72,7 @@ class Score(StageDefaults):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        needs_disc = self.adversarial is not None and self.adversarial.backbone == "lora"
-        wanted = {STUDENT: True, TARGET: True, FAKE: True, CONSISTENCY: self.real_score == "consistency", DISC: needs_disc}
-        return tuple(name for name, needed in wanted.items() if needed)
+        return (STUDENT, TARGET, FAKE, *([CONSISTENCY] if self.real_score == "consistency" else []), *self.encoder_only)
 
     @property
     def fresh(self) -> tuple[str, ...]:
@@ -84,14 +81,6 @@ class Score(StageDefaults):
     @property
     def trains(self) -> tuple[str, ...]:
         return (STUDENT, FAKE, HEADS)
-
-    @property
-    def encoder_only(self) -> tuple[str, ...]:
-        return (DISC,) if DISC in self.adapters else ()
-
-    @property
-    def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
-        return {HEADS: self.adversarial.heads} if self.adversarial is not None else {}
 
     @property
     def exports(self) -> str:
@@ -106,8 +95,6 @@ class Score(StageDefaults):
         return TSCD(segments=1, solver_steps=self.solver_steps, guidance=self.guidance, ema_decay=self.ema_decay)
 
     def objectives(self, ctx: Context) -> tuple[Objective, ...]:
-        if self.reward_weight > 0 and ctx.reward is None:
-            raise ValueError(f"stage.reward_weight={self.reward_weight} needs a reward model, and the run has none; set it to 0")
         student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx), every=self.fake_updates)
         fake = Objective(trains=(FAKE,), loss=partial(self.fake_loss, ctx.denoiser))
         if self.adversarial is None:
@@ -132,7 +119,8 @@ class Score(StageDefaults):
         if self.tscd_weight > 0:
             tscd = self._tscd.student_loss(denoiser, batch, shared).value
             value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
-        if self.reward_weight > 0 and ctx.reward is not None:
+        if self.reward_weight > 0:
+            assert ctx.reward is not None, "a reward's weight needs a reward"
             reward = ctx.reward(x, batch).mean()
             value, logs["reward"] = value - self.reward_weight * reward, reward.detach()
         if self.adversarial is not None:

@@ -11,20 +11,19 @@ told s. With k = N every segment is one solver step and the student learns the t
 consistency trajectory training. An adversarial term may be added (hyper_sd/stages/adversarial.py).
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hyper_sd.denoiser import Denoiser, Prediction
-from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, StageDefaults
+from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, check_not_negative
 from hyper_sd.randomness import Draws, Purpose, send
 from hyper_sd.roles import Role
 from hyper_sd.schedule import SolverGrid, per_sample
-from hyper_sd.stages.adversarial import DISC, HEADS, Adversarial
+from hyper_sd.stages.adversarial import HEADS, Adversarial, TakesAdversarial
 
 STUDENT, TARGET, PREVIOUS = "student", "target", "previous"
 HUBER_C = 1e-3
@@ -40,7 +39,7 @@ class GuidanceRange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TSCD(StageDefaults):
+class TSCD(TakesAdversarial):
     """One TSCD stage; the keys and their defaults are explained in configs/stage/tscd.yaml."""
 
     segments: int
@@ -64,9 +63,7 @@ class TSCD(StageDefaults):
             raise ValueError(f"stage.ema_decay must be at least 0 and below 1: got {self.ema_decay}")
         if not 0 <= self.empty_prompt_ratio <= 1:
             raise ValueError(f"stage.empty_prompt_ratio must be between 0 and 1: got {self.empty_prompt_ratio}")
-        for name in ("offset_noise", "distance_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"stage.{name} must not be negative: got {getattr(self, name)}")
+        check_not_negative("stage", self, "offset_noise", "distance_weight")
         if self.guidance is not None and self.guidance.min > self.guidance.max:
             raise ValueError(f"stage.guidance.min must not exceed stage.guidance.max: got {self.guidance.min} > {self.guidance.max}")
         if self.teacher == "previous_stage" and self.guidance is not None:
@@ -85,25 +82,16 @@ class TSCD(StageDefaults):
     @property
     def adapters(self) -> tuple[str, ...]:
         needs_ema = self.target == "ema" or self.export_weights == "ema"
-        needs_disc = self.adversarial is not None and self.adversarial.backbone == "lora"
-        wanted = {STUDENT: True, TARGET: needs_ema, PREVIOUS: self.teacher == "previous_stage", DISC: needs_disc}
-        return tuple(name for name, needed in wanted.items() if needed)
+        previous = [PREVIOUS] if self.teacher == "previous_stage" else []
+        return (STUDENT, *([TARGET] if needs_ema else []), *previous, *self.encoder_only)
 
     @property
     def fresh(self) -> tuple[str, ...]:
-        return (DISC,) if DISC in self.adapters else ()
+        return self.encoder_only
 
     @property
     def trains(self) -> tuple[str, ...]:
         return (STUDENT, HEADS)
-
-    @property
-    def encoder_only(self) -> tuple[str, ...]:
-        return self.fresh
-
-    @property
-    def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
-        return {HEADS: self.adversarial.heads} if self.adversarial is not None else {}
 
     @property
     def exports(self) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hyper_sd.checkpoint import load_checkpoint
 from tests.runs import ROOT, adapters, assert_same, finish, start, train
 from tests.tiny import tiny_sd15
 
@@ -17,6 +18,8 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> Non
     one = train(teacher, tmp_path / "one", "eval.prompts=5")
     finish(start(teacher, tmp_path / "two", "eval.prompts=5", launcher=LAUNCH))
     assert_same(adapters(one), adapters(tmp_path / "two"), tolerance=5e-3)
+    heads = [load_checkpoint(run / "score" / "checkpoints" / "step_00000004").adapters["heads"] for run in (one, tmp_path / "two")]
+    assert_same(*heads, tolerance=5e-3)
     alone, shared = (json.loads((run / "report.json").read_text()) for run in (one, tmp_path / "two"))
     assert alone["evaluation"]["processes"] == 1 and shared["evaluation"]["processes"] == 2
     for steps in ("1", "2", "4"):  # the teacher's rows depend on no training; five prompts do not divide by two

@@ -111,6 +111,16 @@ def test_demo_recipes(recipe: str, stages: tuple[str, ...], tmp_path: Path) -> N
     check_run(run_dir, rank=32, stages=stages)
 
 
+def test_a_dedicated_one_step_model(tmp_path: Path) -> None:
+    teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
+    tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64"]
+    dedicated = ["only=[tscd_1,score]", "stages.score.rollout=[1]", "stages.score.start=800", "eval.negatives=4"]
+    train("recipe=demo", *tiny, *SHORT, *dedicated, f"run.dir={run_dir}")
+    report = json.loads((run_dir / "report.json").read_text())
+    assert list(report["final"]) == ["1"] and report["sampler"]["final"]["1"]["timesteps"] == [800]
+    assert list(report["stages"]) == ["tscd_1", "score"]
+
+
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
 def test_trackers(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -164,6 +164,22 @@ def test_an_adapter_acts_as_in_training_and_leaves_no_trace(tmp_path: Path, conf
     assert all(torch.equal(value, original[name]) for name, value in pipe.unet.state_dict().items())
 
 
+def test_negative_prompts_are_the_stock_pipelines(pipe):
+    row = teacher_row(pipe.scheduler.config, 2, 3.0)
+    negatives = ["a blue square", "a red circle", "square"][: len(PROMPTS)]
+    negatives += [""] * (len(PROMPTS) - len(negatives))
+    found = sample(pipe, PROMPTS, row, seed=SEED, negatives=negatives, batch_size=2)
+    plain = sample(pipe, PROMPTS, row, seed=SEED)
+    noise = normal((SEED, Purpose.SAMPLE), range(len(PROMPTS)), latent_shape(pipe))
+    pipe.scheduler, previous = row.build(), pipe.scheduler
+    expected = pipe(
+        PROMPTS, negative_prompt=negatives, num_inference_steps=2, guidance_scale=3.0, latents=noise, output_type="latent"
+    ).images
+    pipe.scheduler = previous
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - plain)[0].abs().max() > 1e-3
+
+
 def test_a_broken_adapter_leaves_the_pipeline_alone(tmp_path: Path, config: TeacherConfig, pipe):
     file = tmp_path / "lora.safetensors"
     write_adapter(file, config, stage_recipe(pipe.scheduler.config, (2,), solver_steps=40))
@@ -189,6 +205,17 @@ def test_a_recipe_survives_json():
     assert recipe_to_json(recipe)["1"]["timesteps"] == [899]
     assert recipe_to_json(recipe)["4"]["config"]["original_inference_steps"] == 40
     assert list(stage_recipe(BETAS, (4,), solver_steps=40)) == [4]
+
+
+def test_an_adapter_for_one_step_alone_starts_where_it_is_told():
+    recipe = stage_recipe(BETAS, (1,), solver_steps=40, start=800)
+    assert list(recipe) == [1] and recipe[1].scheduler == "LCMScheduler" and recipe[1].timesteps == (800,)
+    assert stage_recipe(BETAS, (1,), solver_steps=40)[1].timesteps == (999,)
+
+
+def test_guidance_goes_into_every_row():
+    recipe = stage_recipe(BETAS, STEP_COUNTS, solver_steps=40, guidance=3.0)
+    assert {row.guidance_scale for row in recipe.values()} == {3.0}
 
 
 def test_a_recipe_keeps_the_teachers_schedule():

@@ -115,8 +115,8 @@ def test_a_reward_pulls_the_samples_towards_it() -> None:
     denoiser.roles.trainable(ADAPTERS)
     denoiser.roles.reset("fake")  # no gradient but the reward's
     stage = replace(PLAIN, reward_weight=2.0)
-    with pytest.raises(ValueError, match=r"stage\.reward_weight=2\.0 needs a reward model"):
-        objectives(stage, denoiser)
+    with pytest.raises(ValueError, match=r"stage\.reward_weight must be 0"):
+        stage.check(T)
     student, _ = stage.objectives(Context(denoiser, denoiser.roles, reward=lambda x, batch: x.flatten(1).mean(1)))
     loss = student.loss(batch, {})
     z, t = stage.student_input(denoiser, batch)
