@@ -20,13 +20,13 @@ from torch import Tensor
 
 from benchmarks.networks import Network, build_network, network_config, sd_schedule
 from benchmarks.step_cost import parse_as
-from hyper_sd.config import Count
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.objective import Context
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.stages.adversarial import Adversarial
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import STUDENT
+from hyper_sd.structured import Count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import passes
 from benchmarks.networks import Network, build_network, network_config, sd_schedule
-from hyper_sd.config import Count, EngineConfig, LrSchedulerConfig, NonNegativeInt, OptimizerConfig, Positive, structured
+from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
 from hyper_sd.loop import update
@@ -36,6 +36,7 @@ from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.stages.adversarial import Adversarial
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD, GuidanceRange
+from hyper_sd.structured import Count, NonNegativeInt, Positive, structured
 
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -21,8 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hyper_sd.config import nearest
 from hyper_sd.paths import config_dir
+from hyper_sd.structured import nearest
 
 FREE_TEXT = ("prompt", "data.path")  # commas and braces in the values of these keys are meant literally
 TRACEBACK = "HYPER_SD_TRACEBACK"

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from hyper_sd.config import Count, DataConfig, EvalConfig, NonNegativeInt, TeacherConfig
+from hyper_sd.config import DataConfig, EvalConfig, TeacherConfig
+from hyper_sd.structured import Count, NonNegativeInt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from hyper_sd.commands import EvaluateConfig
-from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig, structured
+from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig
 from hyper_sd.data import Source, build_source
 from hyper_sd.lora_file import replace_recipe
 from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, tensors_digest
 from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
+from hyper_sd.structured import structured
 from hyper_sd.teachers import inspect_teacher
 
 Key = tuple[str, int, float]  # whose row, its steps, and what tells the alternatives of a sweep apart: guidance, eta or start

@@ -10,12 +10,13 @@ from diffusers.utils import logging
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from hyper_sd.config import TeacherConfig, structured
+from hyper_sd.config import TeacherConfig
 from hyper_sd.denoiser import Forward
 from hyper_sd.guidance import Cond
 from hyper_sd.lora_file import DTYPES, LoraDtype, LoraFormat, inspect_lora, read_lora, save_lora
 from hyper_sd.lora_metadata import LoraInfo, SamplerRecipe
 from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.structured import structured
 from hyper_sd.teachers import TeacherFacts, load_pipeline
 
 # Largest ||file - trained|| / ||trained|| of the UNet's output, by the coarser of the file's and the UNet's dtype.

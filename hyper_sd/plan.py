@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hyper_sd.config import RunConfig, build_target
+from hyper_sd.config import RunConfig
 from hyper_sd.data import Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
@@ -25,6 +25,7 @@ from hyper_sd.report import write as write_report
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, recipe_to_json, stage_recipe
+from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, TeacherFacts, inspect_teacher, load_pipeline, load_teacher
 
 LORA = "lora.safetensors"

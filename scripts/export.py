@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 from hyper_sd.cli import entry
 from hyper_sd.commands import ExportConfig
-from hyper_sd.config import resolved, structured
+from hyper_sd.structured import resolved, structured
 
 
 @entry("export")

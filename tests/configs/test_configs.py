@@ -22,12 +22,13 @@ from omegaconf import OmegaConf
 
 from hyper_sd.ablation import check_equal_cost
 from hyper_sd.cli import compose, literal
-from hyper_sd.config import RunConfig, build_target, run_config, structured
+from hyper_sd.config import RunConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
 from hyper_sd.plan import check_plan
 from hyper_sd.roles import LoraSpec
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD
+from hyper_sd.structured import build_target, structured
 from hyper_sd.teachers import inspect_teacher
 
 ROOT = Path(__file__).parents[2]
@@ -381,7 +382,7 @@ def test_an_installed_package_brings_its_yaml_files(tmp_path: Path) -> None:
 
 
 def test_our_value_errors_are_one_line_and_others_keep_their_traceback(tmp_path: Path) -> None:
-    (tmp_path / "ours.py").write_text(JOB.format(body="from hyper_sd.config import build_target; build_target({}, 'stages.x')"))
+    (tmp_path / "ours.py").write_text(JOB.format(body="from hyper_sd.structured import build_target; build_target({}, 'stages.x')"))
     ours = python("ours.py", cwd=tmp_path)
     assert ours.returncode == 2 and ours.stderr.startswith("error: stages.x._target_: got null") and ours.stderr.count("\n") == 1
     debug = python("ours.py", cwd=tmp_path, HYPER_SD_TRACEBACK="1")
