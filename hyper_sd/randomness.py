@@ -4,7 +4,7 @@ A per-sample draw is keyed by (seed, step, global sample index, purpose), a batc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     ADVERSARIAL_TIMESTEP = 16
     ADVERSARIAL_NOISE = 17
     R1_NOISE = 18
+    ODE_ROWS = 19
+    TSCD_TERM = 20
 
 
 def _splitmix64(value: int) -> int:
@@ -93,6 +95,10 @@ class Draws:
     seed: int
     step: int
     samples: tuple[int, ...]
+
+    def branch(self, purpose: Purpose) -> "Draws":
+        """The same samples' draws for a part of a loss that uses purposes of the whole again."""
+        return replace(self, seed=fold(self.seed, purpose))
 
     def uniform(self, purpose: Purpose) -> Tensor:
         """Uniform in [0, 1), float64 (B,)."""

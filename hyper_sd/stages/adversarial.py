@@ -13,7 +13,6 @@ sample's features too, for the discriminator's: one batch serves both.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn import functional
 
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.features import encoder_channels
-from hyper_sd.objective import Batch, Loss, Objective, Shared, StageDefaults, check_not_negative
+from hyper_sd.objective import Batch, Loss, Shared, StageDefaults, check_not_negative
 from hyper_sd.randomness import Draws, Purpose, generator, send
 from hyper_sd.roles import Role
 
@@ -38,6 +37,7 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, hidden, 3, padding=1), nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, 1, 1)) for c in channels
         )
+        self.count = len(self.heads)
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         for index, module in enumerate(convolutions if not next(self.parameters()).is_meta else ()):
             assert module.bias is not None
@@ -58,12 +58,15 @@ class Adversarial:
     loss: Literal["hinge", "non_saturating"] = "hinge"
     real: Literal["target", "data"] = "target"
     backbone: Literal["frozen", "lora"] = "frozen"
+    t_max: float = 1.0
     r1_weight: float = 0.0
     r1_noise: float = 0.1
     hidden: int = 64
 
     def check(self, key: str = "stage.adversarial") -> None:
         check_not_negative(key, self, "weight", "r1_weight", "r1_noise")
+        if not 0 < self.t_max <= 1:
+            raise ValueError(f"{key}.t_max must be above 0 and at most 1: got {self.t_max}")
         if self.hidden < 8 or self.hidden % 8:
             raise ValueError(f"{key}.hidden must be a multiple of 8: got {self.hidden}")
 
@@ -75,23 +78,35 @@ class Adversarial:
     def heads(self, net: nn.Module, seed: int) -> Heads:
         return Heads(encoder_channels(net), self.hidden, seed)
 
-    def objective(self, denoiser: Denoiser, every: int = 1) -> Objective:
-        """The discriminator's turn; it comes after the student's, in the same steps."""
-        return Objective(trains=(*self.role, HEADS), loss=partial(self.discriminator_loss, denoiser), every=every)
+    @property
+    def trains(self) -> Role:
+        """What the discriminator's turn updates; it comes after the student's."""
+        return (*self.role, HEADS)
 
     def generator_loss(
         self, denoiser: Denoiser, batch: Batch, shared: Shared, fake: Tensor, real: Tensor, s: Tensor, top: int | Tensor
     ) -> Loss:
         """L_G of the student's points `fake` at times s (B,), noised on to times from s to `top`."""
-        t = self.times(batch.draws, s, top)
-        eps = send(batch.draws.normal(Purpose.ADVERSARIAL_NOISE, fake.shape[1:]), fake)
-        fake_t = denoiser.renoise(fake, s, eps, t)
-        features = denoiser.features(self.role, fake_t, t, batch.cond)
+        fake_t = self.show(denoiser, batch, shared, fake, real, s, top)
+        features = denoiser.features(self.role, fake_t, shared[_TIME], batch.cond)
         logits = self._logits(denoiser, features)
-        shared |= {_FAKE: fake_t.detach(), _REAL: denoiser.renoise(real, s, eps, t).detach(), _TIME: t}
         if self.backbone == "frozen":
             shared |= {_FEATURE.format(index): feature.detach() for index, feature in enumerate(features)}
         return Loss(_mean(-logit if self.loss == "hinge" else functional.softplus(-logit) for logit in logits))
+
+    def show(
+        self, denoiser: Denoiser, batch: Batch, shared: Shared, fake: Tensor, real: Tensor, s: Tensor, top: int | Tensor
+    ) -> Tensor:
+        """`fake` and `real` at s, noised on alike to one t'; leaves both for the discriminator and returns the noised `fake`."""
+        t = self.times(batch.draws, s, top, denoiser.schedule.num_steps)
+        eps = send(batch.draws.normal(Purpose.ADVERSARIAL_NOISE, fake.shape[1:]), fake)
+        fake_t = denoiser.renoise(fake, s, eps, t)
+        shared |= {_FAKE: fake_t.detach(), _REAL: denoiser.renoise(real, s, eps, t).detach(), _TIME: t}
+        return fake_t
+
+    def shown(self, shared: Shared) -> bool:
+        """Whether `shared` holds this step's points already."""
+        return _FAKE in shared
 
     def discriminator_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
         """L_D on what the student's turn left in `shared`."""
@@ -110,16 +125,17 @@ class Adversarial:
             value, logs["r1"] = value + self.r1_weight * r1, r1.detach()
         return Loss(value, logs)
 
-    def times(self, draws: Draws, s: Tensor, top: int | Tensor) -> Tensor:
-        """t' (B,), uniform on the timesteps from s (0 for the clean end) to `top`."""
+    def times(self, draws: Draws, s: Tensor, top: int | Tensor, num_steps: int) -> Tensor:
+        """t' (B,), uniform on the timesteps from s (0 for the clean end) to `top`, or to `t_max` of the schedule if s is lower."""
         low = s.clamp(min=0)
+        top = torch.maximum(torch.as_tensor(top, device=s.device).clamp(max=round(self.t_max * num_steps) - 1), low)
         share = send(draws.uniform(Purpose.ADVERSARIAL_TIMESTEP), s)
         return low + (share * (top - low + 1)).long()
 
     def _fake_features(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Sequence[Tensor]:
-        if self.backbone == "lora":
+        if self.backbone == "lora" or _FEATURE.format(0) not in shared:
             return self._features(denoiser, shared[_FAKE], shared[_TIME], batch)
-        return [shared[key] for key in map(_FEATURE.format, range(len(shared))) if key in shared]
+        return [shared[_FEATURE.format(index)] for index in range(denoiser.roles.module(HEADS).count)]
 
     def _features(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(self.backbone == "lora"):

@@ -10,7 +10,7 @@ The real score is the guided teacher, the fake score an adapter on the same base
 several step counts in `rollout` the student's inputs come from its own sampling, so that one adapter serves all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
 
@@ -32,7 +32,7 @@ class Score(TakesAdversarial):
     """One score distillation stage; the keys and their defaults are explained in configs/stage/score.yaml."""
 
     rollout: tuple[int, ...] = (1, 2, 4, 8)
-    start: int | None = None
+    start: int = 999
     fake_updates: int = 2
     real_score: Literal["teacher", "consistency"] = "teacher"
     guidance: GuidanceRange | None = None
@@ -53,8 +53,7 @@ class Score(TakesAdversarial):
         self._tscd.check(num_steps)
         if not self.rollout or any(count < 1 or self.solver_steps % count for count in self.rollout):
             raise ValueError(f"stage.rollout must be step counts that divide stage.solver_steps={self.solver_steps}: got {self.rollout}")
-        if self.start is not None and not 0 < self.start < num_steps:
-            raise ValueError(f"stage.start must be a timestep from 1 to {num_steps - 1}: got {self.start}")
+        self._check_start(num_steps)
         if self.fake_updates < 1:
             raise ValueError(f"stage.fake_updates must be at least 1: got {self.fake_updates}")
         if not 0 <= self.t_min < self.t_max <= 1:
@@ -69,6 +68,16 @@ class Score(TakesAdversarial):
             self.adversarial.check()
             if self.adversarial.real == "target":
                 raise ValueError("stage.adversarial.real must be data in a score stage, which has no target points: got target")
+
+    def _check_start(self, num_steps: int) -> None:
+        if not 0 < self.start < num_steps:
+            raise ValueError(f"stage.start must be a timestep from 1 to {num_steps - 1}: got {self.start}")
+        stride = num_steps // self.solver_steps
+        if self.step_counts != (1,) and (self.start + 1) % stride:
+            raise ValueError(
+                f"stage.start must be on the grid of samplers unless stage.rollout=[1]: got {self.start}, with stage.solver_steps="
+                f"{self.solver_steps} the nearest are {(self.start + 1) // stride * stride - 1} and {-(-(self.start + 1) // stride) * stride - 1}"
+            )
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -90,16 +99,20 @@ class Score(TakesAdversarial):
     def step_counts(self) -> tuple[int, ...]:
         return tuple(dict.fromkeys(self.rollout))
 
+    @property
+    def student_every(self) -> int:
+        return self.fake_updates
+
     @cached_property
     def _tscd(self) -> TSCD:
         return TSCD(segments=1, solver_steps=self.solver_steps, guidance=self.guidance, ema_decay=self.ema_decay)
 
     def objectives(self, ctx: Context) -> tuple[Objective, ...]:
-        student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx), every=self.fake_updates)
+        student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx), every=self.student_every)
         fake = Objective(trains=(FAKE,), loss=partial(self.fake_loss, ctx.denoiser))
         if self.adversarial is None:
             return (student, fake)
-        return (student, fake, self.adversarial.objective(ctx.denoiser, every=self.fake_updates))
+        return (student, fake, Objective(trains=self.adversarial.trains, loss=partial(self.discriminator_loss, ctx.denoiser)))
 
     def after_step(self, ctx: Context, step: int) -> None:
         if step % self.fake_updates == 0:
@@ -114,10 +127,10 @@ class Score(TakesAdversarial):
         grad, logs = self.matching_gradient(denoiser, batch, x.detach())
         value = 0.5 * (x - (x - grad).detach()).square().flatten(1).mean(1).mean()
         if self.ode_weight > 0 and self._starts_from_noise(batch.draws):
-            ode = self.ode_distance(denoiser, batch, z, t, x)
+            ode = self.ode_distance(denoiser, batch, z, x)
             value, logs["ode"] = value + self.ode_weight * ode, ode.detach()
         if self.tscd_weight > 0:
-            tscd = self._tscd.student_loss(denoiser, batch, shared).value
+            tscd = self._tscd.student_loss(denoiser, replace(batch, draws=batch.draws.branch(Purpose.TSCD_TERM)), shared).value
             value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
         if self.reward_weight > 0:
             assert ctx.reward is not None, "a reward's weight needs a reward"
@@ -135,10 +148,19 @@ class Score(TakesAdversarial):
         if x is None:
             with torch.no_grad():
                 x = denoiser((STUDENT,), *self.student_input(denoiser, batch), batch.cond).x0
+            shared[_SAMPLE] = x
         t = self._times(batch.draws, Purpose.FAKE_TIMESTEP, denoiser.schedule.num_steps, x)
         eps = send(batch.draws.normal(Purpose.FAKE_NOISE, x.shape[1:]), x)
         prediction = denoiser((FAKE,), denoiser.noise(x, eps, t), t, batch.cond)
         return Loss((prediction.eps - eps).square().flatten(1).mean(1).mean())
+
+    def discriminator_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
+        """The discriminator's turn, in every step: where the student has had none, on the sample that the fake score's turn made."""
+        assert self.adversarial is not None
+        if not self.adversarial.shown(shared):
+            x, clean = shared[_SAMPLE], torch.full((len(batch.x0),), -1, device=batch.x0.device)
+            self.adversarial.show(denoiser, batch, shared, x, batch.x0, clean, denoiser.schedule.num_steps - 1)
+        return self.adversarial.discriminator_loss(denoiser, batch, shared)
 
     @torch.no_grad()
     def matching_gradient(self, denoiser: Denoiser, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -173,26 +195,31 @@ class Score(TakesAdversarial):
 
     def times(self, steps: int, num_steps: int) -> list[int]:
         """The timesteps of a rollout of so many steps, on the edges of the solver grid; one step begins at `start`."""
-        if steps == 1 and self.start is not None:
+        if steps == 1:
             return [self.start]
         return [num_steps - number * num_steps // steps - 1 for number in range(steps)]
 
     @torch.no_grad()
-    def ode_end(self, denoiser: Denoiser, batch: Batch, z: Tensor, t: Tensor) -> Tensor:
-        """The end of the guided teacher's own trajectory from z at t, in `ode_steps` DDIM steps."""
-        for number in range(self.ode_steps):
-            u = (t + 1) * (self.ode_steps - number - 1) // (self.ode_steps - number) - 1
+    def ode_end(self, denoiser: Denoiser, batch: Batch, z: Tensor) -> Tensor:
+        """The end of the guided teacher's own trajectory from pure noise z, in `ode_steps` DDIM steps.
+
+        It begins at the last timestep whatever `start` is: at any lower one, pure noise is no point of the teacher's.
+        """
+        num_steps = denoiser.schedule.num_steps
+        t = torch.full((len(z),), num_steps - 1, device=z.device)
+        for number in range(self.ode_steps, 0, -1):
+            u = torch.full_like(t, num_steps * (number - 1) // self.ode_steps - 1)
             z = denoiser.jump(self._tscd.teacher_prediction(denoiser, batch, z, t), u)
             t = u
         return z
 
-    def ode_distance(self, denoiser: Denoiser, batch: Batch, z: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Mean of |x - x_ode|^2, estimated on every `ode_one_in`-th sample of the stream."""
-        rows = [row for row, sample in enumerate(batch.draws.samples) if sample % self.ode_one_in == 0]
+    def ode_distance(self, denoiser: Denoiser, batch: Batch, z: Tensor, x: Tensor) -> Tensor:
+        """Mean of |x - x_ode|^2, estimated on one sample in `ode_one_in`; which ones is drawn for the whole batch."""
+        first = batch.draws.choice(Purpose.ODE_ROWS, self.ode_one_in)
+        rows = [row for row, sample in enumerate(batch.draws.samples) if sample % self.ode_one_in == first]
         if not rows:
             return x.sum() * 0
-        part = batch.rows(rows)
-        end = self.ode_end(denoiser, part, z[rows], t[rows])
+        end = self.ode_end(denoiser, batch.rows(rows), z[rows])
         return (x[rows] - end).square().flatten(1).mean(1).sum() * self.ode_one_in / len(x)
 
     def _starts_from_noise(self, draws: Draws) -> bool:

@@ -111,7 +111,9 @@ class TSCD(TakesAdversarial):
 
     def objectives(self, ctx: Context) -> tuple[Objective, ...]:
         student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx.denoiser))
-        return (student,) if self.adversarial is None else (student, self.adversarial.objective(ctx.denoiser))
+        if self.adversarial is None:
+            return (student,)
+        return (student, Objective(trains=self.adversarial.trains, loss=partial(self.discriminator_loss, ctx.denoiser)))
 
     def after_step(self, ctx: Context, step: int) -> None:
         if TARGET in self.adapters:
@@ -136,6 +138,11 @@ class TSCD(TakesAdversarial):
         adversarial = self.adversarial.generator_loss(denoiser, batch, shared, reached, real, s, top)
         value = self.distance_weight * distance + self.adversarial.weight * adversarial.value
         return Loss(value, {"distance": distance.detach(), "adversarial": adversarial.value.detach()})
+
+    def discriminator_loss(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Loss:
+        """The discriminator's turn, under the captions that the student's had."""
+        assert self.adversarial is not None
+        return self.adversarial.discriminator_loss(denoiser, self._drop_captions(batch), shared)
 
     def draw_points(self, draws: Draws, num_steps: int) -> tuple[Tensor, Tensor, Tensor]:
         """Network times (t, u, s), each (B,): a grid point, its lower neighbour, and the jump's target; -1 is the clean end."""
