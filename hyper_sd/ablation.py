@@ -14,9 +14,12 @@ from hyper_sd.config import RunConfig, RunDirConfig, StagePlan
 from hyper_sd.engine import Engine
 from hyper_sd.files import replace_file, write_json
 from hyper_sd.measure import Draw, Evaluator, Job, Row, make_draw
+from hyper_sd.objective import Stage
 from hyper_sd.plan import LORA, check_plan, train_plan
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, lcm_row, read_recipe
+from hyper_sd.stages.tscd import TSCD
+from hyper_sd.structured import build_target
 from hyper_sd.teachers import inspect_teacher
 
 FULL = "full"
@@ -25,8 +28,8 @@ _METRICS = {"mse_to_teacher": "distance to the teacher's end point", "accuracy":
 
 def run_ablation(config: RunConfig) -> None:
     """Train every plan with every seed (finished runs are kept), measure all on one draw, and write ablation.json and ablation.md."""
-    check_equal_cost(config)
     check_plans(config)
+    check_equal_cost(config)
     engine = Engine(config.engine)
     finished = [train_plan(run, engine) is not None for _, _, run in runs_of(config)]
     if all(finished):
@@ -52,6 +55,8 @@ def check_equal_cost(config: RunConfig) -> None:
 
 def check_plans(config: RunConfig) -> None:
     """Raise ValueError, naming the key, if a stage of any plan cannot run; before the first of them is trained."""
+    if config.only is not None or config.init is not None:
+        raise ValueError(f"only, init: plans are compared from the first stage to the last; got only={config.only} and init={config.init}")
     facts = inspect_teacher(config.teacher)
     for plan, _, run in runs_of(replace(config, seeds=1)):
         try:
@@ -61,7 +66,7 @@ def check_plans(config: RunConfig) -> None:
 
 
 def _cost(stages: Mapping[str, StagePlan]) -> tuple[int, int]:
-    updates = [(-(-stage.max_steps // stage.method.get("fake_updates", 1)), stage.batch_size) for stage in stages.values()]
+    updates = [(-(-plan.max_steps // _method(plan).student_every), plan.batch_size) for plan in stages.values()]
     return sum(number for number, _ in updates), sum(number * size for number, size in updates)
 
 
@@ -113,23 +118,28 @@ def _jobs(run: RunConfig, evaluator: Evaluator) -> dict[str, Job]:
     folder, fingerprint = Path(run.run.dir), inspect_teacher(run.teacher).fingerprint
     files = {name: folder / name / LORA for name in run.stages}
     recipes = {name: read_recipe(file, fingerprint) for name, file in files.items()}
-    *earlier, last = run.stages
-    if not earlier and "segments" in run.stages[last].method:
-        recipes[last] = _single_stage(run.stages[last], run.eval.start, evaluator)
+    stages = {name: _method(plan) for name, plan in run.stages.items()}
+    *earlier, last = stages
+    if not earlier and isinstance(stages[last], TSCD):
+        recipes[last] = _single_stage(stages[last], run.eval.start, evaluator)
     jobs = {}
     for name in earlier:
-        if (k := run.stages[name].method.get("segments", 1)) > 1:
+        if (k := stages[name].segments) > 1:
             jobs[f"stage k = {k} at {_steps(k)}"] = Job(files[name], recipes[name][k])
-    if earlier and "segments" not in run.stages[last].method:
+    if earlier and not isinstance(stages[last], TSCD):
         before = earlier[-1]
         jobs |= {f"before {last} at {_steps(n)}": Job(files[before], row) for n, row in recipes[before].items()}
     return jobs | {f"final at {_steps(n)}": Job(files[last], row) for n, row in recipes[last].items()}
 
 
-def _single_stage(stage: StagePlan, start: int | None, evaluator: Evaluator) -> Recipe:
+def _method(plan: StagePlan) -> Stage:
+    return build_target(plan.method, plan.key)
+
+
+def _single_stage(stage: Stage, start: int | None, evaluator: Evaluator) -> Recipe:
     """A consistency model of one stage is sampled as such models are: by LCM's sampler, on the training grid."""
-    base, n = evaluator.pipe.scheduler.config, stage.method.get("solver_steps", 40)
-    return {steps: lcm_row(base, steps, solver_steps=n, start=start if steps == 1 else None) for steps in (1, 2, 4, 8)}
+    base = evaluator.pipe.scheduler.config
+    return {steps: lcm_row(base, steps, solver_steps=stage.solver_steps, start=start if steps == 1 else None) for steps in (1, 2, 4, 8)}
 
 
 def _steps(number: int) -> str:

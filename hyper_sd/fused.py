@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ def export_fused(run_dir: Path, *, stage: str | None, dtype: LoraDtype, out: Pat
     if out.exists():
         raise ValueError(f"out={out} exists; give the name of a new directory")
     pipeline = run_pipeline(run_dir)
-    partial = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     with adapter(pipeline, source):
         deepcopy(pipeline.unet).to(DTYPES[dtype]).save_pretrained(partial)
     (partial / RECIPE).write_text(json.dumps(info.recipe, indent=1) + "\n")

@@ -21,7 +21,7 @@ from hyper_sd.randomness import Draws
 from hyper_sd.roles import Role
 from hyper_sd.teachers.base import Teacher
 
-COLLAPSED = 0.3  # of the teacher's standard deviation
+COLLAPSED = 0.3  # variety of the student's samples, relative to that of the data
 LOG_EVERY = 10  # steps between two rows of metrics: the only moments at which the device is waited for
 
 
@@ -189,13 +189,12 @@ class Meter:
 
 
 def warn_of_collapse(key: str, values: dict[str, float], step: int) -> None:
-    """A student whose samples lose their spread is lost long before its loss shows it."""
-    for name, spread in values.items():
-        role, _, kind = name.rpartition("/")
-        if kind == "std_sample" and spread < COLLAPSED * values.get(f"{role}/std_real", 0.0):
+    """A student whose samples are all alike is lost long before its loss shows it."""
+    for name, variety in values.items():
+        if name.endswith("/variety") and variety < COLLAPSED:
             warnings.warn(
-                f"{key}: the student collapses: at step {step} its samples have a standard deviation of {spread:.3g}, the teacher's "
-                f"estimates {values[f'{role}/std_real']:.3g}; lower {key}.optimizer.lr or raise {key}.fake_updates",
+                f"{key}: the student collapses: at step {step} its samples differ from each other {variety:.2g} times as much as the "
+                f"training data do; lower {key}.optimizer.lr or raise {key}.fake_updates",
                 stacklevel=2,
             )
 

@@ -47,7 +47,7 @@ def negative_prompts(evaluator: Evaluator, job: Job, num: int, seed: int) -> Neg
 
 
 def _two_objects(seed: int, num: int) -> Scenes:
-    scenes = sample_scenes(seed, np.arange(4 * num))
+    scenes = sample_scenes(seed, np.arange(4 * num + 64))
     two = np.flatnonzero((scenes.shape != EMPTY).sum(axis=1) == 2)[:num]
     assert len(two) == num, "two thirds of the scenes have two objects"
     return scenes.rows(two)

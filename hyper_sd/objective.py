@@ -107,6 +107,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def student_every(self) -> int:
+        """The student takes one update in so many steps."""
+        ...
+
+    @property
     def solver_steps(self) -> int:
         """The points of the time grid it was trained on, which samplers must use."""
         ...
@@ -137,7 +142,9 @@ def check_not_negative(key: str, owner: object, *names: str) -> None:
 class StageDefaults:
     """What most stages have none of."""
 
-    start: int | None = None
+    @property
+    def student_every(self) -> int:
+        return 1
 
     @property
     def fresh(self) -> tuple[str, ...]:

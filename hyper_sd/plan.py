@@ -190,11 +190,14 @@ class Run:
 
     def sampler(self, name: str) -> Recipe:
         """How the adapter of a stage is sampled."""
-        stage, base = self.stages[name], self.teacher.pipeline.scheduler.config
-        start = self.config.eval.start if stage.start is None else stage.start
-        cfg = self.config.eval
+        stage, cfg = self.stages[name], self.config.eval
         return stage_recipe(
-            base, stage.step_counts, solver_steps=stage.solver_steps, eta=cfg.eta, start=start, guidance=cfg.student_guidance
+            self.teacher.pipeline.scheduler.config,
+            stage.step_counts,
+            solver_steps=stage.solver_steps,
+            eta=0.0 if stage.segments > 1 else cfg.eta,
+            start=cfg.start if stage.start is None else stage.start,
+            guidance=cfg.student_guidance,
         )
 
     def evaluate(self) -> None:

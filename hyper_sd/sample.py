@@ -128,18 +128,17 @@ def stage_recipe(
 ) -> Recipe:
     """The recipe of an adapter made for these step counts.
 
-    For k > 1 alone, of k segments: k steps at eta 0. For one step and others: one from `start`, the others at `eta`. For one step
-    alone: LCM's, whose single timestep is `start` itself, on the solver's grid or not. `guidance` is 1, off, unless the adapter
-    was trained without guidance in it.
+    One step begins at `start`, the others have `eta`: 0 for an adapter of k > 1 segments at k steps. For one step alone: LCM's, whose
+    single timestep is `start` itself, on the solver's grid or not. `guidance` is 1, off, unless the adapter was trained without
+    guidance in it.
     """
     tcd = partial(tcd_row, base, solver_steps=solver_steps)
     if tuple(step_counts) == (1,):
         top = base["num_train_timesteps"] - 1 if start is None else start
         rows = {1: replace(lcm_row(base, 1, solver_steps=solver_steps), timesteps=(top,))}
-    elif 1 not in step_counts:
-        rows = {n: tcd(n, eta=0.0) for n in step_counts}
     else:
-        rows = {1: tcd(1, eta=0.0, start=start)} | {n: tcd(n, eta=eta) for n in step_counts if 1 < n <= solver_steps}
+        counts = [n for n in step_counts if n <= solver_steps]
+        rows = {n: tcd(1, eta=0.0, start=start) if n == 1 else tcd(n, eta=eta) for n in counts}
     return {n: replace(row, guidance_scale=guidance) for n, row in rows.items()}
 
 

@@ -37,7 +37,6 @@ class Heads(nn.Module):
         self.heads = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, hidden, 3, padding=1), nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, 1, 1)) for c in channels
         )
-        self.count = len(self.heads)
         convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
         for index, module in enumerate(convolutions if not next(self.parameters()).is_meta else ()):
             assert module.bias is not None
@@ -94,9 +93,7 @@ class Adversarial:
             shared |= {_FEATURE.format(index): feature.detach() for index, feature in enumerate(features)}
         return Loss(_mean(-logit if self.loss == "hinge" else functional.softplus(-logit) for logit in logits))
 
-    def show(
-        self, denoiser: Denoiser, batch: Batch, shared: Shared, fake: Tensor, real: Tensor, s: Tensor, top: int | Tensor
-    ) -> Tensor:
+    def show(self, denoiser: Denoiser, batch: Batch, shared: Shared, fake: Tensor, real: Tensor, s: Tensor, top: int | Tensor) -> Tensor:
         """`fake` and `real` at s, noised on alike to one t'; leaves both for the discriminator and returns the noised `fake`."""
         t = self.times(batch.draws, s, top, denoiser.schedule.num_steps)
         eps = send(batch.draws.normal(Purpose.ADVERSARIAL_NOISE, fake.shape[1:]), fake)
@@ -135,7 +132,7 @@ class Adversarial:
     def _fake_features(self, denoiser: Denoiser, batch: Batch, shared: Shared) -> Sequence[Tensor]:
         if self.backbone == "lora" or _FEATURE.format(0) not in shared:
             return self._features(denoiser, shared[_FAKE], shared[_TIME], batch)
-        return [shared[_FEATURE.format(index)] for index in range(denoiser.roles.module(HEADS).count)]
+        return [shared[_FEATURE.format(index)] for index in range(len(encoder_channels(denoiser.roles.net)))]
 
     def _features(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(self.backbone == "lora"):

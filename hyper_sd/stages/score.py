@@ -73,10 +73,11 @@ class Score(TakesAdversarial):
         if not 0 < self.start < num_steps:
             raise ValueError(f"stage.start must be a timestep from 1 to {num_steps - 1}: got {self.start}")
         stride = num_steps // self.solver_steps
-        if self.step_counts != (1,) and (self.start + 1) % stride:
+        below = (self.start + 1) // stride * stride - 1
+        if self.step_counts != (1,) and below != self.start:
             raise ValueError(
-                f"stage.start must be on the grid of samplers unless stage.rollout=[1]: got {self.start}, with stage.solver_steps="
-                f"{self.solver_steps} the nearest are {(self.start + 1) // stride * stride - 1} and {-(-(self.start + 1) // stride) * stride - 1}"
+                f"stage.start must be on the grid of samplers unless stage.rollout=[1]: got {self.start}, with "
+                f"stage.solver_steps={self.solver_steps} the nearest are {below} and {below + stride}"
             )
 
     @property
@@ -171,6 +172,8 @@ class Score(TakesAdversarial):
         scale = (x - real).abs().flatten(1).mean(1).clamp(min=1e-6)
         grad = (fake - real) / scale.reshape(-1, *[1] * (x.ndim - 1))
         logs = {"matching_grad": grad.square().mean().sqrt(), "std_sample": x.std(), "std_real": real.std(), "std_fake": fake.std()}
+        if len(x) > 1:
+            logs["variety"] = x.std(0).mean() / batch.x0.std(0).mean().clamp(min=1e-6)
         return grad, logs
 
     def real_prediction(self, denoiser: Denoiser, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:

@@ -57,6 +57,8 @@ class TSCD(TakesAdversarial):
     distance_weight: float = 1.0
     adversarial: Adversarial | None = None
 
+    start = None
+
     def check(self, num_steps: int) -> None:
         SolverGrid(num_steps, self.solver_steps, self.segments)
         if not 0 <= self.ema_decay < 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.objective import Batch, Context, Objective, Shared
-from hyper_sd.randomness import Draws, normal
+from hyper_sd.randomness import Draws, Purpose, normal
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.stages.adversarial import HEADS, Adversarial, Heads
 from hyper_sd.stages.score import Score
@@ -52,12 +52,11 @@ def test_every_objective_reaches_all_it_trains(stage: TSCD | Score, trained: lis
     denoiser, objectives = start(stage)
     gradients = step(objectives, unet_batch(), denoiser)
     assert list(gradients) == trained
-    heads = denoiser.roles.tensors(HEADS)
     for name, values in gradients.items():
         assert all(value.isfinite().all() for value in values)
-        still = [value for value in values if not value.any()]
-        assert len(still) < len(values) / 2, name
-    assert len(heads) == len(denoiser.roles.params((HEADS,)))
+        # a fresh adapter is B A with B = 0, so that its A has no gradient yet
+        assert all(value.any() for value in values if name == "student"), name
+        assert sum(bool(value.any()) for value in values) >= len(values) / 2, name
 
 
 def test_heads_are_a_function_of_their_seed() -> None:
@@ -70,9 +69,50 @@ def test_the_students_gradient_flows_through_the_frozen_backbone() -> None:
     only = replace(FROZEN, distance_weight=0.0, adversarial=Adversarial(weight=1.0))
     denoiser, (student, _) = start(only)
     value = student.loss(unet_batch(), {}).value
-    value.backward(inputs=denoiser.roles.params(("student",)))
-    assert any(p.grad is not None and p.grad.any() for p in denoiser.roles.params(("student",)))
-    assert all(p.grad is None for p in (*denoiser.roles.params((HEADS, "target")), denoiser.roles.net.conv_in.weight))
+    assert all(gradient.any() for gradient in torch.autograd.grad(value, denoiser.roles.params(("student",)), retain_graph=True))
+    held_back_by_the_engine = torch.autograd.grad(value, denoiser.roles.params((HEADS,)), allow_unused=True)
+    assert any(gradient is not None for gradient in held_back_by_the_engine)
+    assert not denoiser.roles.net.conv_in.weight.requires_grad
+    assert not any(p.requires_grad for p in denoiser.roles.params(("target",)))
+
+
+def test_both_turns_show_the_same_captions() -> None:
+    """Else the discriminator could tell fake from real by whether the caption was dropped."""
+    denoiser, _ = start(FROZEN)
+    stage, seen = replace(FROZEN, empty_prompt_ratio=0.5), []
+
+    def noted(x_t: Tensor, t: Tensor, cond: tuple[Tensor, ...]) -> Tensor:
+        seen.append(cond[0][: len(x_t)])
+        return denoiser.forward(x_t, t, cond)
+
+    objectives = stage.objectives(Context(replace(denoiser, forward=noted), denoiser.roles))
+    batch, shared = unet_batch(), {}
+    objectives[0].loss(batch, shared)
+    of_the_student, calls = seen[-1], len(seen)
+    assert not torch.equal(of_the_student, batch.cond[0])
+    objectives[1].loss(batch, shared)
+    assert len(seen) > calls and all(torch.equal(cond, of_the_student) for cond in seen[calls:])
+
+
+def test_a_score_stages_discriminator_learns_in_every_step() -> None:
+    stage = Score(rollout=(1,), fake_updates=2, adversarial=Adversarial(weight=1.0, real="data"))
+    denoiser, objectives = start(stage)
+    assert [objective.every for objective in objectives] == [2, 1, 1]
+    batch, shared = unet_batch(step=1), {}
+    for objective in objectives[1:]:  # a step without the student's turn
+        value = objective.loss(batch, shared).value
+        assert all(gradient.any() for gradient in torch.autograd.grad(value, denoiser.roles.params(objective.trains)[1:2]))
+    x = denoiser(("student",), *stage.student_input(denoiser, batch), batch.cond).x0
+    noise = batch.draws.normal(Purpose.ADVERSARIAL_NOISE, x.shape[1:])
+    clean = torch.full((len(x),), -1)
+    torch.testing.assert_close(shared["adversarial_fake"], denoiser.renoise(x, clean, noise, shared["adversarial_t"]).detach())
+
+
+def test_t_max_bounds_the_noise_but_never_below_the_points() -> None:
+    draws = unet_batch(range(64)).draws
+    s = torch.tensor([-1, 700] * 32)
+    t = Adversarial(weight=1.0, t_max=0.5).times(draws, s, 999, 1000)
+    assert t[::2].max() < 500 and t[::2].max() > 400 and t[1::2].eq(700).all()
 
 
 def test_without_weight_the_student_learns_as_without_the_term() -> None:
@@ -83,20 +123,21 @@ def test_without_weight_the_student_learns_as_without_the_term() -> None:
 
 
 def test_gradient_checkpointing_changes_no_gradient() -> None:
-    for stage in (FROZEN, WITH_LORA):
+    for stage in (FROZEN, WITH_LORA, Score(rollout=(1,), ode_one_in=2, adversarial=Adversarial(weight=1.0, real="data"))):
         (one, plain), (two, checkpointed) = start(stage), start(stage, checkpointing=True)
         expected, got = step(plain, unet_batch(), one), step(checkpointed, unet_batch(), two)
         for name, values in expected.items():
             torch.testing.assert_close(got[name], values, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_are_the_whole() -> None:
-    denoiser, objectives = start(FROZEN)
+@pytest.mark.parametrize("stage", [FROZEN, Score(rollout=(1, 2), ode_weight=0.5, adversarial=Adversarial(weight=1.0, real="data"))])
+def test_micro_batches_are_the_whole(stage: TSCD | Score) -> None:
+    denoiser, objectives = start(stage)
     whole = step(objectives, unet_batch(range(4)), denoiser)
     halves = [step(objectives, unet_batch(half), denoiser) for half in (range(2), range(2, 4))]
     for name, values in whole.items():
         for value, *parts in zip(values, *(half[name] for half in halves), strict=True):
-            torch.testing.assert_close(sum(parts) / 2, value, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(sum(parts) / 2, value, rtol=1e-3, atol=1e-5)
 
 
 def test_the_discriminator_sees_the_segment_and_times_no_lower_than_the_points() -> None:
@@ -117,11 +158,17 @@ def test_one_batch_serves_both_turns_in_8_passes() -> None:
     denoiser, (student, discriminator) = start(FROZEN)
     net, batch, passes = denoiser.roles.net, unet_batch(), Counter[str]()
     net.conv_in.register_forward_hook(lambda _, args, out: passes.update({"forward": len(args[0])}))
-    net.conv_in.register_full_backward_hook(lambda *_: passes.update({"backward": len(batch.x0)}))
+
+    def watch(_: nn.Module, args: object, out: Tensor) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda gradient: passes.update({"backward": len(gradient)}))
+
+    net.mid_block.register_forward_hook(watch)
     shared: Shared = {}
     student.loss(batch, shared).value.backward(inputs=denoiser.roles.params(("student",)))
     discriminator.loss(batch, shared).value.backward(inputs=denoiser.roles.params((HEADS,)))
     assert passes["forward"] == 6 * len(batch.x0)  # teacher 2, target, student, encoder of the student's and of the real points
+    assert passes["backward"] == 2 * len(batch.x0)  # through the student's pass and through the encoder of its points
 
 
 def test_renoising_is_the_forward_process() -> None:
@@ -187,6 +234,7 @@ def test_the_discriminator_reaches_the_known_optimum(gap: float, loss: str) -> N
     [
         (TSCD(segments=1, adversarial=Adversarial(weight=-1.0)), "stage.adversarial.weight must not be negative"),
         (TSCD(segments=1, adversarial=Adversarial(weight=1.0, hidden=12)), "stage.adversarial.hidden must be a multiple of 8"),
+        (TSCD(segments=1, adversarial=Adversarial(weight=1.0, t_max=0.0)), "stage.adversarial.t_max must be above 0"),
         (TSCD(segments=1, compare="x0", adversarial=Adversarial(weight=1.0)), "stage.adversarial.real=target"),
         (Score(adversarial=Adversarial(weight=1.0)), "stage.adversarial.real must be data"),
     ],

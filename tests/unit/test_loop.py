@@ -7,9 +7,9 @@ import pytest
 from hyper_sd.loop import warn_of_collapse
 
 
-@pytest.mark.parametrize(("spread", "warns"), [(0.9, False), (0.31, False), (0.2, True), (0.0, True)])
-def test_a_student_without_spread_is_warned_of(spread: float, warns: bool) -> None:
-    values = {"student/std_sample": spread, "student/std_real": 1.0, "fake/loss": 0.1}
+@pytest.mark.parametrize(("variety", "warns"), [(0.9, False), (0.31, False), (0.2, True), (0.0, True)])
+def test_a_student_without_variety_is_warned_of(variety: float, warns: bool) -> None:
+    values = {"student/variety": variety, "student/std_real": 1.0, "fake/loss": 0.1}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_collapse("stages.score", values, 30)

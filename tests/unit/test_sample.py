@@ -207,6 +207,10 @@ def test_a_recipe_survives_json():
     assert list(stage_recipe(BETAS, (4,), solver_steps=40)) == [4]
 
 
+def test_several_steps_without_one_have_the_eta_they_are_given():
+    assert [row.eta for row in stage_recipe(BETAS, (2, 4), solver_steps=40, eta=0.7).values()] == [0.7, 0.7]
+
+
 def test_an_adapter_for_one_step_alone_starts_where_it_is_told():
     recipe = stage_recipe(BETAS, (1,), solver_steps=40, start=800)
     assert list(recipe) == [1] and recipe[1].scheduler == "LCMScheduler" and recipe[1].timesteps == (800,)

@@ -1,5 +1,6 @@
 """The score stage against its equations, and on a problem whose answer is known."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -110,6 +111,53 @@ def test_the_ode_end_of_a_constant_teacher_is_its_constant() -> None:
     assert (end - denoiser.schedule.alphas[0] * x0).abs().max() < 10 * sigma
 
 
+def test_the_ode_end_is_the_teachers_own_sampling_from_pure_noise() -> None:
+    """Whatever timestep the student starts from: unit noise is a point of the teacher's trajectory at the last one alone."""
+    stage, denoiser, batch = Score(start=799, rollout=(1,), ode_steps=2), tiny_denoiser(ADAPTERS), tiny_batch()
+    z, t = stage.student_input(denoiser, batch)
+    assert t.eq(799).all()
+    high, low = torch.full((8,), 999), torch.full((8,), 499)
+    with torch.no_grad():
+        middle = denoiser.jump(denoiser((), z, high, batch.cond), low)
+        end = denoiser.jump(denoiser((), middle, low, batch.cond), torch.full((8,), -1))
+    torch.testing.assert_close(stage.ode_end(denoiser, batch, z), end)
+
+
+def test_the_ode_term_of_some_samples_estimates_that_of_all() -> None:
+    denoiser = tiny_denoiser(ADAPTERS)
+    for size in (1, 3):
+        seen = Counter()
+        for step in range(0, 400, 2):
+            draws = tiny_batch(range(step * size, (step + 1) * size), step=step).draws
+            first = draws.choice(Purpose.ODE_ROWS, 4)
+            seen.update(sample % 4 == first for sample in draws.samples)
+        assert seen[True] / seen.total() == pytest.approx(0.25, abs=0.05)
+    some, every = (replace(PLAIN, ode_weight=1.0, ode_one_in=n) for n in (4, 1))
+    one, all_ = (
+        sum(student_loss(stage, denoiser, tiny_batch(range(step * 4, step * 4 + 4), step=step)).item() for step in range(60))
+        for stage in (some, every)
+    )
+    assert one == pytest.approx(all_, rel=0.2)
+
+
+def test_the_samples_variety_is_that_of_the_batch() -> None:
+    """One image for every caption has none, however wild its pixels are."""
+    denoiser, batch = tiny_denoiser(ADAPTERS), tiny_batch()
+    x = batch.x0.clone()
+    _, logs = PLAIN.matching_gradient(denoiser, batch, x)
+    assert logs["variety"].item() == pytest.approx(1)
+    _, logs = PLAIN.matching_gradient(denoiser, batch, x[:1].expand_as(x))
+    assert logs["variety"].item() == pytest.approx(0) and logs["std_sample"] > 0.5
+
+
+def test_the_consistency_term_has_draws_of_its_own() -> None:
+    draws = tiny_batch().draws
+    own = draws.branch(Purpose.TSCD_TERM)
+    for purpose in (Purpose.TIMESTEP, Purpose.GUIDANCE):
+        assert not (draws.uniform(purpose) == own.uniform(purpose)).any()
+    assert torch.equal(own.uniform(Purpose.TIMESTEP), tiny_batch().draws.branch(Purpose.TSCD_TERM).uniform(Purpose.TIMESTEP))
+
+
 def test_a_reward_pulls_the_samples_towards_it() -> None:
     denoiser, batch = tiny_denoiser(ADAPTERS), tiny_batch()
     denoiser.roles.trainable(ADAPTERS)
@@ -173,6 +221,7 @@ def test_any_teacher_runs_the_same_stage(prediction: PredictionType, real_score:
         ({"rollout": (3,)}, "stage.rollout must be step counts that divide stage.solver_steps=40: got"),
         ({"rollout": ()}, "stage.rollout"),
         ({"start": 1000}, "stage.start must be a timestep from 1 to 999: got 1000"),
+        ({"start": 812}, "stage.start must be on the grid of samplers unless stage.rollout=[1]: got 812"),
         ({"fake_updates": 0}, "stage.fake_updates must be at least 1: got 0"),
         ({"t_min": 0.9, "t_max": 0.5}, "stage.t_min and stage.t_max"),
         ({"ode_weight": -1.0}, "stage.ode_weight must not be negative"),
@@ -180,8 +229,12 @@ def test_any_teacher_runs_the_same_stage(prediction: PredictionType, real_score:
     ],
 )
 def test_bad_keys_are_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Score(**changes).check(T)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_model_of_one_step_alone_may_start_off_the_grid() -> None:
+    Score(rollout=(1,), start=812).check(T)
 
 
 MEAN, SCALE = 1.5, 0.5
