@@ -106,15 +106,17 @@ def _distance(name: str, reference: Tensor) -> Callable[[Tensor], Jackknifed]:
     return {"kid": Mmd.kid, "cmmd": Mmd.cmmd}[name](reference).jackknife
 
 
-def reference_features(extract: Extractor, real: Callable[[np.ndarray], Tensor], num: int, processes: Processes) -> Tensor:
-    """Features (num, D) of real images 0 to num - 1; every process makes its share of them."""
+def reference_features(
+    extract: Extractor, real: Callable[[np.ndarray], Tensor], num: int, processes: Processes, chunk: int = _CHUNK
+) -> Tensor:
+    """Features (num, D) of real images 0 to num - 1; every process makes its share of them, `chunk` images at once."""
     share = range(num)[processes.share(num)]
     starts = range(share.start, share.stop, _REAL)
-    parts = [extracted(extract, real(np.arange(start, min(start + _REAL, share.stop))), processes.device) for start in starts]
+    parts = [extracted(extract, real(np.arange(start, min(start + _REAL, share.stop))), processes.device, chunk) for start in starts]
     return processes.join(torch.cat(parts), num)
 
 
 @torch.inference_mode()
-def extracted(extract: Extractor, images: Tensor, device: torch.device) -> Tensor:
-    """Float32 features (B, D) on the CPU."""
-    return torch.cat([extract(chunk.to(device)).float().cpu() for chunk in images.split(_CHUNK)])
+def extracted(extract: Extractor, images: Tensor, device: torch.device, chunk: int = _CHUNK) -> Tensor:
+    """Float32 features (B, D) on the CPU, of `chunk` images at once."""
+    return torch.cat([extract(some.to(device)).float().cpu() for some in images.split(chunk)])

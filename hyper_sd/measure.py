@@ -143,7 +143,7 @@ class Evaluator:
         check_judge(cfg, latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor)
         if cfg.judge is not None:
             judge = Judge.load(asset_dir("judge"))
-            reference = Gaussian.fit(reference_features(judge.features, reference_scenes, cfg.reference, processes))
+            reference = Gaussian.fit(reference_features(judge.features, reference_scenes, cfg.reference, processes, chunk=512))
         guidance = teacher_guidance(teacher, cfg)
         return cls(pipe, guidance, cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference, processes)
 

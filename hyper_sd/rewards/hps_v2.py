@@ -2,7 +2,7 @@
 
 score = cos(image, prompt) of a CLIP ViT-H/14 trained on their choices. The image is not cropped but padded to a square.
 Range: -1 to 1; images of diffusion models have about 0.25 to 0.28 (v2) or 0.25 to 0.34 (v2.1). The two cannot be compared.
-Default alpha: 0.30 for v2 and 0.35 for v2.1 (ours): above every model in the benchmark tables of the authors, .286 and .333 at best.
+Default alpha: 0.30 for v2 and 0.35 for v2.1 (ours): above every model in the benchmark tables of the authors, .285 and .333 at best.
 Licence: Apache-2.0.
 Memory: 3.9 GB in float32, the text model included.
 
