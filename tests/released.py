@@ -31,9 +31,13 @@ def tiny_weights(name: str, sizes: Mapping[int, int], seed: int = 0) -> dict[str
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for key, shape in layout(name, num_layers=2).items():
         small = [size if key.startswith("mlp.") and size == 1024 else sizes.get(size, size) for size in shape]
-        noise = torch.randn(small, generator=generator) * (0.3 if len(small) > 1 else 0.1)
-        scale = bool(re.search(r"(norm\d?|ln_\w+|LayerNorm)\.weight$", key))
-        tensors[key] = noise / small[-1] ** 0.5 + 1 if scale else noise / (small[-1] ** 0.5 if len(small) == 2 else 1)
+        noise = torch.randn(small, generator=generator)
+        if key.endswith("position_ids"):
+            tensors[key] = torch.arange(small[-1])[None]
+        elif len(small) > 1:
+            tensors[key] = noise / noise[0].numel() ** 0.5
+        else:
+            tensors[key] = 0.1 * noise + bool(re.search(r"(norm\d?|ln_\w+|LayerNorm)\.weight$", key))
     return tensors
 
 
@@ -60,13 +64,13 @@ def write_reward(kind: str, folder: Path) -> RewardConfig:
         torch.save(tiny_weights(kind, {768: 24}), folder / f"{kind}.pt")
     elif kind == "hps_v2":
         words = len(json.loads((folder / "clip" / "vocab.json").read_text()))
-        sizes = {1280: 160, 1024: 128, 5120: 320, 4096: 256, 3840: 480, 3072: 384, 49408: words, 77: MAX_LENGTH, 257: 5}
+        sizes = {1280: 160, 1024: 128, 5120: 640, 4096: 512, 3840: 480, 3072: 384, 49408: words, 77: MAX_LENGTH, 257: 5}
         torch.save({"epoch": 0, "state_dict": tiny_weights(kind, sizes)}, folder / f"{kind}.pt")
         base = FilesConfig(path=clip.path, file="tokenizer.json")
     else:
         (folder / "vocab.txt").write_text("\n".join(_BERT) + "\n")
         torch.save(
-            tiny_weights(kind, {1024: 128, 4096: 256, 3072: 384, 768: 64, 197: 5, 30524: len(_BERT), 512: 40}), folder / f"{kind}.pt"
+            tiny_weights(kind, {1024: 128, 4096: 512, 3072: 384, 768: 64, 197: 5, 30524: len(_BERT), 512: 40}), folder / f"{kind}.pt"
         )
         base = FilesConfig(path=str(folder), file="vocab.txt")
     return _config(kind, files, base)

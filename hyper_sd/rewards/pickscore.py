@@ -3,7 +3,7 @@
 score = exp(logit_scale) cos(image, prompt) of a CLIP ViT-H/14 trained on their choices; differences are log odds of a choice.
 Range: logit_scale is 100, so -100 to 100; images of diffusion models have about 18 to 24.
 Default alpha: 24 (ours): above what good images have, so that the hinge stays open.
-Licence: the model card names none.
+Licence: MIT by the authors' repository; the model card names none.
 Memory: 3.9 GB in float32, the text model included.
 """
 
