@@ -1,10 +1,13 @@
 """What the commands beside training are told. Imports no torch."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from hyper_sd.config import DataConfig, EvalConfig, TeacherConfig
-from hyper_sd.structured import Count, NonNegativeInt
+from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig
+from hyper_sd.structured import Count, NonNegativeInt, Range, suggestion
+
+DISTANCES = ("fid", "kid", "cmmd")
+DIVERSITY = "diversity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,41 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiversityConfig:
+    """How many prompts are drawn with how many seeds each."""
+
+    prompts: Count = 64
+    seeds: Annotated[int, Range(low=2)] = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is measured beside the judge's figures: `names` are keys of `rewards`, fid, kid, cmmd and diversity."""
+
+    names: tuple[str, ...] = ()
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    features: FeaturesConfig | None = None
+    diversity: DiversityConfig = DiversityConfig()
+
+    def __post_init__(self) -> None:
+        allowed = (*self.rewards, *DISTANCES, DIVERSITY)
+        for name in self.names:
+            if name not in allowed:
+                raise ValueError(f"metrics: there is no {name!r}{suggestion(name, allowed)}")
+            if name not in self.rewards and self.features is None:
+                raise ValueError(f"metrics={name} is measured on features: choose features=clip, features=inception or features=judge")
+
+    @property
+    def chosen_rewards(self) -> dict[str, RewardConfig]:
+        return {name: self.rewards[name] for name in self.names if name in self.rewards}
+
+    @property
+    def extractor(self) -> FeaturesConfig | None:
+        """The features, if something is measured on them."""
+        return self.features if any(name not in self.rewards for name in self.names) else None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What scripts/evaluate.py is told; the keys are explained in configs/evaluate.yaml."""
 
@@ -42,7 +80,17 @@ class EvaluateConfig:
     eval: EvalConfig
     teacher: TeacherConfig
     data: DataConfig
+    metrics: tuple[str, ...] = ()
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    features: FeaturesConfig | None = None
+    diversity: DiversityConfig = DiversityConfig()
+
+    @property
+    def measured(self) -> MetricsConfig:
+        """The part of it that says what is measured."""
+        return MetricsConfig(names=self.metrics, rewards=self.rewards, features=self.features, diversity=self.diversity)
 
     def __post_init__(self) -> None:
+        _ = self.measured  # refuses metrics that do not exist
         if (self.run is None) == (self.lora is None):
             raise ValueError(f"run, lora: give one of them, run=DIR or lora=FILE; got run={self.run} and lora={self.lora}")

@@ -124,6 +124,38 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FilesConfig:
+    """Files of a released model: a local directory, or a hub id with a commit; its weights' name and their SHA-256 (None: not known)."""
+
+    path: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    sha256: str | None = None
+
+    @property
+    def files(self) -> "FilesConfig":
+        """These four fields alone, whatever else the configuration says: equal for two that read the same files."""
+        return FilesConfig(path=self.path, revision=self.revision, file=self.file, sha256=self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(FilesConfig):
+    """A reward model; the keys are explained in configs/reward/. Training minimises weight * ReLU(alpha - reward)."""
+
+    kind: Literal["clip_score", "pickscore", "hps_v2", "aesthetic", "image_reward", "embedded", "embedded_heldout"]
+    base: FilesConfig | None = None
+    weight: NonNegative = 1.0
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(FilesConfig):
+    """What images are compared by; the keys are explained in configs/features/."""
+
+    kind: Literal["judge", "clip", "inception"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
     kind: Literal["none", "tensorboard", "wandb"]
     project: str = "hyper_sd"

@@ -10,19 +10,22 @@ which can only make the gaps larger.
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from hyper_sd.commands import EvaluateConfig
+from hyper_sd.commands import DIVERSITY, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig
 from hyper_sd.data import Source, build_source
+from hyper_sd.image_metrics import ImageMetrics, check_metrics, open_metrics
 from hyper_sd.lora_file import replace_recipe
-from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, tensors_digest
+from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
 from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
@@ -38,6 +41,7 @@ _AROUND = (0.5, 1.0, 1.5)  # alternatives at the teacher's full steps, to show t
 _ETAS = (0.0, 0.3, 0.6, 1.0)
 _STARTS = (1.0, 0.95, 0.9, 0.85, 0.8)  # of the schedule's length
 _NEARLY_AS_RIGHT = 0.02  # accuracy
+NO_METRICS = MetricsConfig()
 _UNDISTILLED = (1, 2)  # step counts of the un-distilled teacher that gaps are measured against
 
 
@@ -105,12 +109,12 @@ class Evaluation:
         return {str(n): row.to_json(teacher, self.undistilled.get(min(n, 2))) for n, row in rows.items()}
 
 
-def evaluate_run(cfg: RunConfig, processes: Processes, source: Source | None = None) -> Evaluation:
+def evaluate_run(cfg: RunConfig, processes: Processes, source: Source | None = None, metrics: MetricsConfig = NO_METRICS) -> Evaluation:
     """Evaluate the files of a run: every stage at its own steps and the final adapter. Without a judge, prompts come from `source`."""
     run_dir = Path(cfg.run.dir)
     stages = {name: run_dir / name / "lora.safetensors" for name in cfg.stages}
     files = {name: file for name, file in stages.items() if file.is_file()}
-    return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source)
+    return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source, metrics)
 
 
 def evaluate_lora(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
@@ -120,7 +124,7 @@ def evaluate_lora(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
     recipe = read_recipe(file, facts.fingerprint)
     if unknown := [n for n in cfg.eval.steps if n not in recipe]:
         raise ValueError(f"steps={list(cfg.eval.steps)}: lora={file} is made for {' or '.join(map(str, recipe))} steps, not for {unknown}")
-    return evaluate(cfg.teacher, cfg.eval, {}, file, processes, _source(cfg.eval, cfg.data, facts.image_size))
+    return evaluate(cfg.teacher, cfg.eval, {}, file, processes, _source(cfg.eval, cfg.data, facts.image_size), cfg.measured)
 
 
 def evaluate_again(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
@@ -135,7 +139,7 @@ def evaluate_again(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
         run=replace(run.run, dir=cfg.run),
         eval=replace(cfg.eval, judge=run.eval.judge, negatives=cfg.eval.negatives or run.eval.negatives),
     )
-    evaluation = evaluate_run(run, processes, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size))
+    evaluation = evaluate_run(run, processes, _source(run.eval, run.data, inspect_teacher(run.teacher).image_size), cfg.measured)
     final = Path(cfg.run) / "lora.safetensors"
     for file in (final, *Path(cfg.run).glob("*/lora.safetensors")) if processes.is_main else ():
         if tensors_digest(file) == tensors_digest(final):
@@ -162,6 +166,7 @@ def evaluate(
     final: Path | None,
     processes: Processes,
     source: Source | None = None,
+    metrics: MetricsConfig = NO_METRICS,
 ) -> Evaluation:
     """Measure LoRA files, by name, and one file as the final adapter, on the same prompts and noise.
 
@@ -170,9 +175,10 @@ def evaluate(
     """
     started = time.monotonic()
     _check_prompts(cfg, source)
-    fingerprint = inspect_teacher(teacher).fingerprint
-    adapters = {name: Adapter(file, read_recipe(file, fingerprint)) for name, file in stages.items()}
-    last = None if final is None else Adapter(final, read_recipe(final, fingerprint))
+    facts = inspect_teacher(teacher)
+    check_metrics(metrics, facts.image_size)
+    adapters = {name: Adapter(file, read_recipe(file, facts.fingerprint)) for name, file in stages.items()}
+    last = None if final is None else Adapter(final, read_recipe(final, facts.fingerprint))
     evaluator = Evaluator.open(teacher, cfg, processes)
     draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
     ends = evaluator.end_points(draws)
@@ -187,7 +193,7 @@ def evaluate(
     jobs |= {(f"stage {name}", n): Job(a.file, row) for name, a in adapters.items() for n, row in a.recipe.items()}
     if last is not None:
         jobs |= {(_FINAL, n): Job(last.file, row) for n, row in choice.final.items() if n in steps}
-    rows = evaluator.measure(jobs, draws, ends)
+    rows = evaluator.measure(jobs, draws, ends, _open_metrics(metrics, cfg, source, processes))
 
     def of(name: str) -> dict[int, Row]:
         return {n: row for (owner, n), row in rows.items() if owner == name}
@@ -200,7 +206,7 @@ def evaluate(
         stages={name: of(f"stage {name}") for name in adapters},
         final=of(_FINAL),
         choice=choice,
-        facts=_facts(evaluator, cfg, draws, started),
+        facts=_facts(evaluator, cfg, draws, started) | _metrics_facts(metrics),
         grid_prompts=draws[0].prompts[:NUM_GRID],
         negative_prompts=_negative_prompts(evaluator, cfg, last, choice.final),
     )
@@ -297,6 +303,32 @@ def _facts(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], started: fl
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+    }
+
+
+def _open_metrics(metrics: MetricsConfig, cfg: EvalConfig, source: Source | None, processes: Processes) -> ImageMetrics | None:
+    """The metrics, with distances to fresh renders where the judge's scenes are drawn, else to the images of the data."""
+    if not metrics.names:
+        return None
+    if cfg.judge is not None:
+        return open_metrics(metrics, reference_scenes, cfg.reference, processes)
+    assert source is not None
+    num_real = min(cfg.reference, source.num_samples or cfg.reference)
+    return open_metrics(metrics, partial(_real_images, source), num_real, processes)
+
+
+def _real_images(source: Source, index: np.ndarray) -> Tensor:
+    images = source.batch(index.tolist()).images
+    if images is None:
+        raise ValueError("data.path holds latents, and metrics are distances to images; point data.path at the images themselves")
+    return images
+
+
+def _metrics_facts(metrics: MetricsConfig) -> dict[str, Any]:
+    return {
+        "rewards": {name: asdict(reward) for name, reward in metrics.chosen_rewards.items()},
+        "features": None if metrics.extractor is None else asdict(metrics.extractor),
+        "diversity": asdict(metrics.diversity) if DIVERSITY in metrics.names else None,
     }
 
 

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hyper_sd.commands import DIVERSITY
 from hyper_sd.config import EvalConfig, TeacherConfig
 from hyper_sd.data import Source
 from hyper_sd.data.scenes import IMAGE_SIZE, captions, render, sample_scenes
+from hyper_sd.image_metrics import Figure, ImageMetrics, reference_features
 from hyper_sd.judge import Judge, all_right
 from hyper_sd.metrics import Gaussian, Jackknifed, frechet_jackknife, gap, mean_and_error, mean_of_draws
 from hyper_sd.paths import asset_dir
@@ -32,6 +34,7 @@ K = TypeVar("K", bound=Hashable)
 
 NUM_GRID = 8  # prompts of the grids: the first of the first draw
 REFERENCE_SEED = 0xF1D  # of the renders that features are compared with
+_REPEAT = 1 << 22  # tells the seeds of repeated prompts from those of draws
 
 
 @dataclass(frozen=True)
@@ -85,9 +88,10 @@ class Row:
     frechet: Jackknifed | None
     error: Tensor | None
     images: Tensor
+    metrics: dict[str, Figure] = field(default_factory=dict)
 
     def to_json(self, teacher: "Row | None" = None, undistilled: "Row | None" = None) -> dict[str, Any]:
-        """accuracy, frechet, gap and mse_to_teacher with their standard errors; null where there is nothing to compare with."""
+        """accuracy, frechet, gap and mse_to_teacher with standard errors, null where there is nothing to compare with, and metrics."""
         accuracy = mean_and_error(self.right) if self.right is not None else (None, None)
         frechet = (self.frechet.value, self.frechet.standard_error) if self.frechet is not None else (None, None)
         error = mean_and_error(self.error) if self.error is not None else (None, None)
@@ -98,6 +102,7 @@ class Row:
             **{name: value for name, (value, _) in values.items()},
             "standard_error": {name: se for name, (_, se) in values.items()},
             "guidance": self.sampler.guidance_scale,
+            "metrics": {name: figure.to_json() for name, figure in self.metrics.items()},
         }
 
     def _gap(self, teacher: "Row | None", undistilled: "Row | None") -> tuple[float | None, float | None]:
@@ -138,7 +143,7 @@ class Evaluator:
         check_judge(cfg, latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor)
         if cfg.judge is not None:
             judge = Judge.load(asset_dir("judge"))
-            reference = Gaussian.fit(_reference_features(judge, cfg.reference, processes))
+            reference = Gaussian.fit(reference_features(judge.features, reference_scenes, cfg.reference, processes, chunk=512))
         guidance = teacher_guidance(teacher, cfg)
         return cls(pipe, guidance, cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference, processes)
 
@@ -146,19 +151,25 @@ class Evaluator:
         return teacher_row(self.pipe.scheduler.config, num_steps, self.guidance if guidance is None else guidance)
 
     def measure(
-        self, jobs: Mapping[K, Job], draws: Sequence[Draw], ends: Sequence[Tensor] | None = None, title: str = "evaluation"
+        self,
+        jobs: Mapping[K, Job],
+        draws: Sequence[Draw],
+        ends: Sequence[Tensor] | None = None,
+        metrics: ImageMetrics | None = None,
+        title: str = "evaluation",
     ) -> dict[K, Row]:
         """One row a job. `ends` are the end points that latents are compared with, one tensor a draw. Nothing is sampled twice."""
-        asked = [[draw.seed, len(draw.prompts)] for draw in draws], ends is not None
+        asked = [[draw.seed, len(draw.prompts)] for draw in draws], ends is not None, metrics is not None
         names = {key: json.dumps([_identity(job), *asked], sort_keys=True) for key, job in jobs.items()}
         pending = {names[key]: job for key, job in jobs.items() if names[key] not in self.done}
-        total = sum(_cost(job.sampler) for job in pending.values()) * sum(len(draw.prompts) for draw in draws)
+        repeats = _repeats(draws[0], metrics)
+        total = sum(_cost(job.sampler) for job in pending.values()) * sum(len(draw.prompts) for draw in [*draws, *repeats])
         with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=self._silent) as bar:
             for lora in dict.fromkeys(job.lora for job in pending.values()):
                 with adapter(self.pipe, lora):
                     for name, job in pending.items():
                         if job.lora == lora:
-                            self.done[name] = self._row(job.sampler, draws, ends, bar)
+                            self.done[name] = self._row(job.sampler, draws, ends, metrics, bar)
         return {key: self.done[name] for key, name in names.items()}
 
     def end_points(self, draws: Sequence[Draw]) -> list[Tensor]:
@@ -175,17 +186,21 @@ class Evaluator:
         scores = [self._judged(draw.renders[self._share(draw)], draw) for draw in draws if draw.renders is not None]
         return mean_of_draws([frechet for _, frechet in scores]).value, float(torch.cat([right for right, _ in scores]).float().mean())
 
-    def _row(self, sampler: Sampler, draws: Sequence[Draw], ends: Sequence[Tensor] | None, bar: Any) -> Row:
-        right, frechet, error, grid = [], [], [], None
+    def _row(self, sampler: Sampler, draws: Sequence[Draw], ends: Sequence[Tensor] | None, metrics: ImageMetrics | None, bar: Any) -> Row:
+        right, frechet, error, measured, grid = [], [], [], [], None
         for number, draw in enumerate(draws):
             latents = self._sample(sampler, draw, bar)
             if ends is not None:
                 error.append((latents - ends[number]).square().flatten(1).mean(1))
             grid = decode(self.pipe, latents[:NUM_GRID], self.batch_size) if grid is None else grid
+            if self.judge is None and metrics is None:
+                continue
+            images = self._decode_share(latents, draw)
             if self.judge is not None:
-                images = decode(self.pipe, latents[self._share(draw)], self.batch_size)
                 for scores, score in zip((right, frechet), self._judged(images, draw), strict=True):
                     scores.append(score)
+            if metrics is not None:
+                measured.append(metrics.measure(images, draw.prompts[self._share(draw)], len(draw.prompts)))
         assert grid is not None
         return Row(
             sampler,
@@ -193,7 +208,17 @@ class Evaluator:
             frechet=mean_of_draws(frechet) if frechet else None,
             error=torch.cat(error) if error else None,
             images=grid,
+            metrics=metrics.figures(measured, self._seeds(sampler, draws[0], metrics, bar)) if metrics is not None else {},
         )
+
+    def _seeds(self, sampler: Sampler, draw: Draw, metrics: ImageMetrics, bar: Any) -> Tensor | None:
+        """Features (S, P, D) of the draw's first P prompts with S seeds each."""
+        repeats = _repeats(draw, metrics)
+        seeds = [metrics.features(self._decode_share(self._sample(sampler, r, bar), r), len(r.prompts)) for r in repeats]
+        return torch.stack(seeds) if seeds else None
+
+    def _decode_share(self, latents: Tensor, draw: Draw) -> Tensor:
+        return decode(self.pipe, latents[self._share(draw)], self.batch_size)
 
     @property
     def _silent(self) -> bool | None:
@@ -231,12 +256,17 @@ class Evaluator:
         return all_right(found, draw.labels), frechet_jackknife(features, self.reference)
 
 
-def _reference_features(judge: Judge, num: int, processes: Processes) -> Tensor:
-    share = range(num)[processes.share(num)]
-    with torch.inference_mode():
-        chunks = [np.arange(start, min(start + 512, share.stop)) for start in range(share.start, share.stop, 512)]
-        part = torch.cat([judge.features(render(sample_scenes(REFERENCE_SEED, index))) for index in chunks])
-    return processes.join(part, num)
+def reference_scenes(index: np.ndarray) -> Tensor:
+    """Renders (B, 3, 32, 32) of scenes that no draw has."""
+    return render(sample_scenes(REFERENCE_SEED, index))
+
+
+def _repeats(draw: Draw, metrics: ImageMetrics | None) -> list[Draw]:
+    """The same few prompts with several seeds, for the diversity between them."""
+    if metrics is None or DIVERSITY not in metrics.cfg.names:
+        return []
+    cfg = metrics.cfg.diversity
+    return [Draw(fold(draw.seed, _REPEAT, number), draw.prompts[: cfg.prompts]) for number in range(cfg.seeds)]
 
 
 def _cost(sampler: Sampler) -> int:

@@ -85,7 +85,7 @@ def to_image(image: Tensor) -> Image.Image:
 
 def table(report: Mapping[str, Any]) -> str:
     """The results as text, a line a row; what was not measured is left out."""
-    metrics = [name for name in _METRICS if any(row[name] is not None for _, row in _lines(report))]
+    metrics = _measured(report)
     lines = [["", *(name.replace("_", " ") for name in metrics)]]
     lines += [[label, *(_figure(row, name) for name in metrics)] for label, row in _lines(report)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -110,8 +110,17 @@ def _lines(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return lines
 
 
+def _measured(report: Mapping[str, Any]) -> list[str]:
+    """The columns: what at least one row has, the judge's figures first. Reports of earlier versions have no further metrics."""
+    rows = [row for _, row in _lines(report)]
+    return [name for name in _METRICS if any(row[name] is not None for row in rows)] + [*rows[0].get("metrics", {})]
+
+
 def _figure(row: Mapping[str, Any], name: str) -> str:
-    value, error = row[name], row["standard_error"][name]
+    if name in _METRICS:
+        value, error = row[name], row["standard_error"][name]
+    else:
+        value, error = row["metrics"][name]["value"], row["metrics"][name]["standard_error"]
     if value is None:
         return "-"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
@@ -157,6 +166,13 @@ point</b>: mean squared difference of the latents from the same noise. ± is one
 """
 
 
+_METRIC_NOTES = """
+<p>Rewards: higher is better, and only figures of one reward can be compared. <b>fid</b>, <b>kid</b>, <b>cmmd</b>: distances of the images'
+features to those of real images, lower is better, on the features named below. <b>diversity</b>: 1 - the mean cosine between features of
+images that differ in their seed alone; the teacher's is the one to keep.</p>
+"""
+
+
 def _html(run_dir: Path, report: Mapping[str, Any], grids: Sequence[str]) -> str:
     evaluation = report["evaluation"]
     judged = evaluation["floor"] is not None
@@ -167,6 +183,7 @@ def _html(run_dir: Path, report: Mapping[str, Any], grids: Sequence[str]) -> str
         f"<h1>{html.escape(run_dir.name)}</h1><p>{intro} Teacher guidance {report['teacher']['guidance']:g}.</p>",
         _results_table(report),
         _NOTES if judged else "",
+        _METRIC_NOTES if set(_measured(report)) - _METRICS.keys() else "",
         *(_grid_section(run_dir, name, report) for name in grids),
         _sweep_table(report["sampler"]["sweep"]),
         "<h2>Samplers</h2>" + _json_block({name: value for name, value in report["sampler"].items() if name != "sweep"}),
@@ -178,13 +195,13 @@ def _html(run_dir: Path, report: Mapping[str, Any], grids: Sequence[str]) -> str
 
 
 def _results_table(report: Mapping[str, Any]) -> str:
-    metrics = [name for name in _METRICS if any(row[name] is not None for _, row in _lines(report))]
+    metrics = _measured(report)
     rows, owner = [], ""
     for label, row in _lines(report):
         first = ' class="first"' if label.split(",")[0] != owner else ""
         owner = label.split(",")[0]
         rows.append(f"<tr{first}><td>{html.escape(label)}</td>" + "".join(f"<td>{_figure(row, name)}</td>" for name in metrics) + "</tr>")
-    head = "".join(f"<th>{_METRICS[name]}</th>" for name in metrics)
+    head = "".join(f"<th>{html.escape(_METRICS.get(name, name))}</th>" for name in metrics)
     return f"<h2>Results</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
 

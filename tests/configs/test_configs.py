@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 
 from hyper_sd.ablation import check_equal_cost
 from hyper_sd.cli import compose, literal
-from hyper_sd.config import RunConfig, run_config
+from hyper_sd.config import FeaturesConfig, RewardConfig, RunConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
 from hyper_sd.plan import check_plan
 from hyper_sd.roles import LoraSpec
@@ -67,6 +67,19 @@ def test_every_group_option_builds(group: str, option: str) -> None:
     config = run_of(f"{group}={option}", "data.path=somewhere")
     if group in ("data", "tracker"):
         assert getattr(config, group).kind == option
+
+
+@pytest.mark.parametrize(("group", "kind"), [("reward", RewardConfig), ("features", FeaturesConfig)])
+def test_rewards_and_features_have_all_their_keys_and_pin_what_they_name(group: str, kind: type[RewardConfig | FeaturesConfig]) -> None:
+    files = sorted((config_dir() / group).glob("*.yaml"))
+    for file in files:
+        node = OmegaConf.to_container(OmegaConf.load(file))
+        config = structured(kind, node)
+        assert isinstance(node, dict) and node.keys() == {field.name for field in dataclasses.fields(kind)}, file
+        for source in (config, getattr(config, "base", None)):
+            assert source is None or source.path is None or len(source.revision or "") == 40 or source.sha256, file
+    if group == "reward":
+        assert compose("evaluate", ["run=x"]).rewards.keys() == {file.stem for file in files}
 
 
 @pytest.mark.parametrize("path", sorted((config_dir() / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

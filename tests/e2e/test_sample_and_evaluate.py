@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hyper_sd.config import FilesConfig
 from hyper_sd.sample import stage_recipe
 from hyper_sd.stages.tscd import STEP_COUNTS
 from tests.adapters import teacher_config, write_adapter
+from tests.released import write_clip
 from tests.tiny import BETAS, tiny_sd15
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +30,11 @@ def lora(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
     write_adapter(file, teacher_config(teacher), stage_recipe(BETAS, STEP_COUNTS, solver_steps=40, start=899))
     return file
+
+
+def pinned(files: FilesConfig) -> tuple[tuple[str, str | None], ...]:
+    """Overrides that point at a local model, whose checksum is not the released one's."""
+    return ("path", files.path), ("file", files.file), ("sha256", "null")
 
 
 def command(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -53,8 +60,14 @@ def test_evaluate_with_prompts_from_the_data(teacher: Path, lora: Path, tmp_path
     for i in range(4):
         Image.new("RGB", (40, 40), (60 * i, 0, 0)).save(data / f"{i}.png")
         (data / f"{i}.txt").write_text(f"a red circle {i}")
+    clip = write_clip(tmp_path / "clip")
     options = (f"lora={lora}", "steps=[1,2]", "out=report", "teacher=sd15", f"teacher.path={teacher}", "data=folder", f"data.path={data}")
-    done = command("evaluate.py", *options, "eval.judge=null", "eval.prompts=4", "eval.draws=1", "eval.teacher_steps=4", cwd=tmp_path)
+    metrics = (
+        "metrics=[clip_score,cmmd,diversity]",
+        *(f"{key}.{k}={v}" for key in ("rewards.clip_score", "features") for k, v in pinned(clip)),
+    )
+    settings = ("eval.judge=null", "eval.prompts=4", "eval.draws=1", "eval.teacher_steps=4", "diversity.prompts=2", "features=clip")
+    done = command("evaluate.py", *options, *settings, *metrics, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [line.split("  ")[0] for line in done.stdout.splitlines()[1:]] == [
         *("teacher, 4 steps", "teacher, 2 steps", "teacher, 1 step"),
@@ -62,6 +75,8 @@ def test_evaluate_with_prompts_from_the_data(teacher: Path, lora: Path, tmp_path
     ]
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["final"]["1"]["mse_to_teacher"] > 0
+    assert all(figure["value"] is not None for figure in report["final"]["1"]["metrics"].values())
+    assert done.stdout.splitlines()[0].split("  ")[-1].strip() == "diversity"
     assert sorted(report["grid_prompts"]) == [f"a red circle {i}" for i in range(4)]
     assert (tmp_path / "report" / "grid.png").exists() and (tmp_path / "report" / "report.html").exists()
 

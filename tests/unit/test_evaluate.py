@@ -10,17 +10,18 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from hyper_sd.cli import compose
-from hyper_sd.commands import EvaluateConfig
-from hyper_sd.config import DataConfig, EvalConfig, TeacherConfig, run_config
+from hyper_sd.commands import DiversityConfig, EvaluateConfig, MetricsConfig
+from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
 from hyper_sd.evaluate import Evaluation, evaluate, evaluate_again, evaluate_lora, read_run
 from hyper_sd.measure import Evaluator, Job, make_draw
 from hyper_sd.processes import Processes
-from hyper_sd.report import write
+from hyper_sd.report import table, write
 from hyper_sd.sample import read_recipe, recipe_to_json, stage_recipe, tcd_row
 from hyper_sd.stages.tscd import STEP_COUNTS
 from hyper_sd.teachers import inspect_teacher
 from tests.adapters import teacher_config, write_adapter
+from tests.released import write_reward
 from tests.tiny import BETAS, tiny_sd15
 
 PROMPTS = ("a red circle", "a blue square", "a blue circle on a red background", "circle", "square", "a red square")
@@ -152,6 +153,38 @@ def test_rows_are_paired(teacher: TeacherConfig, unjudged: Evaluation, files: di
     few = unjudged.teacher[1].error
     assert ends is not None and few is not None
     assert ends.mean() < few.mean()
+
+
+def test_rows_have_the_metrics_that_were_named(teacher: TeacherConfig, files: dict[str, Path], tmp_path: Path):
+    """With the judge's features, fid is the judge's own distance; the sweep's rows are not measured."""
+    reward = write_reward("clip_score", tmp_path / "reward")
+    metrics = MetricsConfig(
+        names=("fid", "clip_score", "diversity"),
+        rewards={"clip_score": reward},
+        features=FeaturesConfig(kind="judge"),
+        diversity=DiversityConfig(prompts=5, seeds=3),
+    )
+    cfg = settings(judge="embedded", prompts=16, draws=2, sweep_prompts=8)
+    evaluation = evaluate(teacher, cfg, {}, files["tscd_1"], Processes(1), metrics=metrics)
+    report = write(tmp_path, evaluation.to_json(), {}, {})
+    rows = [report["final"]["2"], report["teacher"]["4"], report["teacher"]["best_guidance"]["1"]]
+    for row in rows:
+        assert list(row["metrics"]) == ["fid", "clip_score", "diversity"]
+        assert row["metrics"]["fid"]["value"] == pytest.approx(row["frechet"], rel=1e-4)
+        assert row["metrics"]["fid"]["standard_error"] == pytest.approx(row["standard_error"]["frechet"], rel=1e-3)
+        assert row["metrics"]["clip_score"]["standard_error"] > 0
+        assert 0 < row["metrics"]["diversity"]["value"] < 1
+    assert rows[0]["metrics"]["clip_score"] != rows[1]["metrics"]["clip_score"]
+    assert report["evaluation"]["rewards"]["clip_score"]["path"] == reward.path
+    assert report["evaluation"]["features"]["kind"] == "judge"
+    assert table(report).splitlines()[0].split()[-3:] == ["fid", "clip", "score", "diversity"][-3:]
+    assert "<th>clip_score</th>" in (tmp_path / "report.html").read_text()
+
+
+def test_metrics_are_checked_before_anything_is_loaded(teacher: TeacherConfig, files: dict[str, Path]):
+    missing = MetricsConfig(names=("mine",), rewards={"mine": RewardConfig(kind="clip_score", path="/nowhere", file="x", alpha=1.0)})
+    with pytest.raises(ValueError, match=r"rewards\.mine\.path=/nowhere is no directory"):
+        evaluate(teacher, settings(judge="embedded"), {}, files["tscd_1"], Processes(1), metrics=missing)
 
 
 def test_other_draws_have_other_prompts_and_other_noise():
