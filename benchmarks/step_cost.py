@@ -29,6 +29,7 @@ from benchmarks.networks import Network, build_network, network_config, sd_sched
 from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
+from hyper_sd.engines import start_engine
 from hyper_sd.loop import update
 from hyper_sd.objective import Batch, Context, Objective, Shared
 from hyper_sd.randomness import Draws
@@ -130,7 +131,7 @@ def main(argv: list[str]) -> None:
 
 
 def build_engine(options: Options) -> Engine:
-    return Engine(
+    return start_engine(
         EngineConfig(
             gradient_checkpointing=options.gradient_checkpointing,
             accumulation=1,
