@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
+from transformers.integrations import unset_hf_deepspeed_config
 
 from hyper_sd.launcher import CONFIGS, Launch
 
@@ -104,10 +105,13 @@ class Processes:
 
 
 def _accelerator(launch: Launch, on_cpu: bool) -> Accelerator:
-    if launch.zero_stage and on_cpu:
-        os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")  # Accelerator(cpu=True) would leave DeepSpeed out
-        return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
-    return Accelerator(cpu=on_cpu)
+    if not launch.zero_stage:
+        return Accelerator(cpu=on_cpu)
+    if on_cpu:  # Accelerator(cpu=True) would leave DeepSpeed out
+        os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [])
+    unset_hf_deepspeed_config()  # else transformers would divide every text encoder it loads from now on, and nothing would join it
+    return accelerator
 
 
 def _backend() -> str | None:
