@@ -127,7 +127,9 @@ def main(argv: list[str]) -> None:
         bench.network.net.compile(dynamic=False)
     step_s, bare_s = measure(bench, engine, options)
     equivalents = passes.forward_equivalents(bench.passes, options.batch_size)
-    report(options, engine.device, step_s, bare_s, equivalents, peak_memory_bytes(engine.device))
+    if engine.is_main:
+        report(options, engine.device, step_s, bare_s, equivalents, peak_memory_bytes(engine.device))
+    engine.close()
 
 
 def build_engine(options: Options) -> Engine:

@@ -28,6 +28,12 @@ class Launch:
         return f"zero{self.zero_stage}" if self.zero_stage else "plain"
 
 
+def require_one_process(environ: Mapping[str, str], command: str) -> None:
+    """Raise ValueError if a launcher started several processes of a command that would all write the same files."""
+    if (launch := Launch.read(environ)).num_processes > 1:
+        raise ValueError(f"{command} runs in one process: the launcher started {launch.num_processes}; start it with python")
+
+
 def _refuse(environ: Mapping[str, str]) -> None:
     if _is_set(environ, "ACCELERATE_USE_FSDP"):
         raise ValueError(f"the launcher asks for FSDP, which is no engine here; use configs/accelerate/{SHARDING}")

@@ -24,7 +24,7 @@ class Processes:
         on_cpu = not torch.cuda.is_available()
         self.accelerator = _accelerator(launch, on_cpu)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._verify(launch, on_cpu)
+        self.verify(launch)
         if on_cpu:
             torch.set_num_threads(cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
         self.device = self.accelerator.device
@@ -92,15 +92,15 @@ class Processes:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _verify(self, launch: Launch, on_cpu: bool) -> None:
-        """accelerate falls back to fewer processes, or to no DeepSpeed, without a word."""
+    def verify(self, launch: Launch) -> None:
+        """Raise ValueError if this is not what the launcher was told: accelerate falls back to less without a word."""
         if self.world_size != launch.num_processes:
             raise ValueError(f"the launcher started {launch.num_processes} processes but {self.world_size} joined; use one of {CONFIGS}")
         if self.engine_type != launch.engine:
             raise ValueError(
                 f"the launcher asks for the engine {launch.engine} but accelerate set up {self.engine_type}; use one of {CONFIGS}"
             )
-        if _backend() not in (None, expected := "gloo" if on_cpu else "nccl"):
+        if _backend() not in (None, expected := "nccl" if torch.cuda.is_available() else "gloo"):
             raise ValueError(f"the processes talk over {_backend()}, expected {expected}; use one of {CONFIGS}")
 
 
