@@ -26,7 +26,7 @@ class DeepSpeedEngine(Engine):
 
     def __init__(self, config: EngineConfig):
         super().__init__(config)
-        plugin = self.accelerator.state.deepspeed_plugin
+        plugin: Any = self.accelerator.state.deepspeed_plugin
         self._stage: int = plugin.zero_stage
         self._launched = copy.deepcopy(plugin.deepspeed_config)
         self._engines: dict[Role, Any] = {}
@@ -40,8 +40,8 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.zero import GatheredParameters
 
         dtype = next(net.parameters()).dtype
-        half = {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
-        self._prepare(net, stage=3, **half)
+        bf16, fp16 = ({"enabled": dtype == half} for half in (torch.bfloat16, torch.float16))
+        self._prepare(net, stage=3, bf16=bf16, fp16=fp16)
         with GatheredParameters(list(net.parameters())):  # adapters take their sizes from the weights
             yield
 
@@ -73,7 +73,9 @@ class DeepSpeedEngine(Engine):
     def _moment(self, role: Role, param: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(param, moment)
+        value = safe_get_full_optimizer_state(param, moment)
+        assert value is not None, "the parameter belongs to an engine"
+        return value
 
     def _load_moments(self, role: Role, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
         from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
@@ -101,7 +103,8 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         accelerator = Accelerator()  # one for each engine, as accelerate asks for; all share this process's state
-        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        plugin: Any = accelerator.state.deepspeed_plugin
+        config = plugin.deepspeed_config
         config.clear()
         config.update(copy.deepcopy(self._launched))
         config.update({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": self.world_size})

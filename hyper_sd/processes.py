@@ -38,7 +38,8 @@ class Processes:
         """plain, zero1, zero2 or zero3, as accelerate set it up."""
         if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             return "plain"
-        return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        return f"zero{plugin.zero_stage}"
 
     @property
     def facts(self) -> dict[str, Any]:
