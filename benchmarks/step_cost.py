@@ -29,6 +29,7 @@ from benchmarks.networks import Network, build_network, network_config, sd_sched
 from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
+from hyper_sd.engines import start_engine
 from hyper_sd.loop import update
 from hyper_sd.objective import Batch, Context, Objective, Shared
 from hyper_sd.randomness import Draws
@@ -126,11 +127,13 @@ def main(argv: list[str]) -> None:
         bench.network.net.compile(dynamic=False)
     step_s, bare_s = measure(bench, engine, options)
     equivalents = passes.forward_equivalents(bench.passes, options.batch_size)
-    report(options, engine.device, step_s, bare_s, equivalents, peak_memory_bytes(engine.device))
+    if engine.is_main:
+        report(options, engine.device, step_s, bare_s, equivalents, peak_memory_bytes(engine.device))
+    engine.close()
 
 
 def build_engine(options: Options) -> Engine:
-    return Engine(
+    return start_engine(
         EngineConfig(
             gradient_checkpointing=options.gradient_checkpointing,
             accumulation=1,

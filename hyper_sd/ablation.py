@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hyper_sd.config import RunConfig, RunDirConfig, StagePlan
-from hyper_sd.engine import Engine
+from hyper_sd.engines import start_engine
 from hyper_sd.files import replace_file, write_json
 from hyper_sd.measure import Draw, Evaluator, Job, Row, make_draw
 from hyper_sd.objective import Stage
@@ -30,7 +30,7 @@ def run_ablation(config: RunConfig) -> None:
     """Train every plan with every seed (finished runs are kept), measure all on one draw, and write ablation.json and ablation.md."""
     check_plans(config)
     check_equal_cost(config)
-    engine = Engine(config.engine)
+    engine = start_engine(config.engine)
     finished = [train_plan(run, engine) is not None for _, _, run in runs_of(config)]
     if all(finished):
         results = measure(config, engine)

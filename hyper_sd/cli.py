@@ -55,9 +55,11 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
                 fail("--config-path is not supported: --config-dir adds a directory with your own yaml files")
             overrides = [literal(text) for text in args.overrides]
             name = args.config_name or config_name
-            if args.multirun:
+            if args.multirun and not _has_launcher(overrides):
                 raise SystemExit(multirun(name, args, overrides))
-            if not (args.help or args.hydra_help or args.shell_completion):
+            if args.multirun:
+                overrides = submitted(name, args, overrides)
+            elif not (args.help or args.hydra_help or args.shell_completion):
                 compose(name, overrides, args)
             sys.argv[1:] = _without(sys.argv[1:], args.overrides) + overrides
             hydra.main(config_path=str(config_dir()), config_name=config_name, version_base="1.3")(job)()
@@ -104,6 +106,15 @@ def multirun(config_name: str, args: argparse.Namespace, overrides: Sequence[str
     return int(bool(failed))
 
 
+def submitted(config_name: str, args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a sweep that one of Hydra's launchers runs, each job with a run.dir of its own; all are checked first."""
+    parents = [text.removeprefix("run.dir=") for text in overrides if text.startswith("run.dir=")] or ["outputs/multirun/${name}"]
+    rest = [text for text in overrides if not text.startswith("run.dir=")]
+    for _, job in _jobs(rest):
+        compose(config_name, [text for text in job if not text.startswith("hydra")], args)
+    return [*rest, f"run.dir='{parents[-1]}/${{hydra:job.num}}'"]
+
+
 def literal(override: str) -> str:
     """Quote the value of `key=value` if Hydra's grammar does not read it (`{0..9}`, `=`, apostrophes) or if the key holds free text."""
     key, equals, value = override.partition("=")
@@ -112,6 +123,10 @@ def literal(override: str) -> str:
     if key in FREE_TEXT and value in ("null", "???", ""):
         return override
     return f"{key}={_quoted(value)}"
+
+
+def _has_launcher(overrides: Sequence[str]) -> bool:
+    return any(text.startswith("hydra/launcher=") for text in overrides)
 
 
 def fail(message: str) -> NoReturn:

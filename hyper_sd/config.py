@@ -100,6 +100,7 @@ class EngineConfig:
     checkpoint_every_seconds: Positive | None
     keep_last: Count
     cpu_threads: Count | None
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)

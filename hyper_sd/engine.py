@@ -1,43 +1,48 @@
 """What trains adapters on any number of processes: backward, gradient reduction, clipping, one optimizer a role.
 
-The network is never wrapped. Data parallelism is one mean over processes of the trained adapters' gradients, in `step`.
+`Engine` is what the loop sees; plain_engine.py and deepspeed_engine.py are the two ways to do it. The network is never wrapped.
 """
 
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-import torch
-import torch.distributed as dist
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from hyper_sd.config import EngineConfig, LrSchedulerConfig, OptimizerConfig
 from hyper_sd.processes import Processes
 from hyper_sd.roles import Role
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 @dataclass
-class _Trained:
-    """One role's named parameters, optimizer and learning rate schedule."""
+class Trained:
+    """One role's named parameters and how they are updated; `optimizer` is the one whose groups hold the learning rate."""
 
     params: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
-    scheduler: LambdaLR
     max_grad_norm: float | None
+    optimizer: Optimizer
+    scheduler: LambdaLR
     updates: int = 0
+    pending: int = 0  # micro-batches since the last update
 
 
-class Engine(Processes):
+class Engine(Processes, ABC):
     """The processes of a run, with what trains adapters in them."""
+
+    collective_forward = False  # whether a call of the network is answered only where every process makes it
 
     def __init__(self, config: EngineConfig):
         super().__init__(config.cpu_threads)
         self.config = config
-        self._trained: dict[Role, _Trained] = {}
+        self._trained: dict[Role, Trained] = {}
 
     def micro_batches(self, batch_size: int, start: int) -> list[range]:
         """This process's micro-batches of the global batch at positions start .. start + batch_size - 1.
@@ -54,60 +59,74 @@ class Engine(Processes):
         offsets = range(self.rank * size, batch_size, self.world_size * size)
         return [range(start + offset, start + offset + size) for offset in offsets]
 
+    @contextmanager
+    def sharding(self, net: nn.Module) -> Iterator[None]:
+        """Inside, adapters are put on the frozen network; afterwards each process may hold a part of it."""
+        yield
+
     def train(
         self, role: Role, params: Mapping[str, nn.Parameter], optimizer: OptimizerConfig, schedule: LrSchedulerConfig, num_updates: int
     ) -> None:
-        """Start a fresh AdamW and learning rate schedule for a role; the optimizers of an earlier stage must have been dropped."""
-        adamw = torch.optim.AdamW(
-            params.values(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay
-        )
-        scheduler = get_scheduler(schedule.name, adamw, num_warmup_steps=schedule.warmup_steps, num_training_steps=num_updates)
-        self._trained[role] = _Trained(dict(params), adamw, scheduler, optimizer.max_grad_norm)
+        """Start a fresh AdamW and learning rate schedule for a role from what its parameters are now.
+
+        The optimizers of an earlier stage must have been dropped.
+        """
+        adamw = AdamW(params.values(), lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, weight_decay=optimizer.weight_decay)
+        inner = self._start(role, list(params.values()), adamw, optimizer.max_grad_norm)
+        scheduler = get_scheduler(schedule.name, inner, num_warmup_steps=schedule.warmup_steps, num_training_steps=num_updates)
+        self._trained[role] = Trained(dict(params), optimizer.max_grad_norm, inner, scheduler)
 
     def drop_optimizers(self) -> None:
         self._trained.clear()
 
+    def begin(self, role: Role) -> None:
+        """The next losses are this role's: of all that is trained, nothing else gets a gradient."""
+        for other, trained in self._trained.items():
+            for param in trained.params.values():
+                param.requires_grad_(other == role)
+
     def backward(self, role: Role, loss: Tensor) -> None:
         """Add the gradient of `loss`, weighted as one micro-batch, to this role's adapters and to nothing else."""
-        (loss / self.config.accumulation).backward(inputs=list(self._trained[role].params.values()))
+        trained = self._trained[role]
+        trained.pending += 1
+        self._backward(role, loss / self.config.accumulation, last=trained.pending == self.config.accumulation)
 
     def step(self, role: Role) -> Tensor:
         """Mean of the gradients over processes, clipping, one optimizer step. Returns the gradient norm before clipping."""
         trained = self._trained[role]
-        params = list(trained.params.values())
-        self._reduce_gradients(params)
-        limit = trained.max_grad_norm if trained.max_grad_norm is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(params, limit)
-        trained.optimizer.step()
+        norm = self._step(role)
         trained.scheduler.step()
-        trained.optimizer.zero_grad(set_to_none=True)
         trained.updates += 1
+        trained.pending = 0
         return norm
 
     def learning_rate(self, role: Role) -> float:
         return float(self._trained[role].scheduler.get_last_lr()[0])
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Adam moments as `<role>/<moment>/<parameter>` and the number of updates by role."""
-        tensors = {
-            f"{'+'.join(role)}/{moment}/{name}": trained.optimizer.state[param][moment].cpu()
-            for role, trained in self._trained.items()
-            if trained.updates
-            for name, param in trained.params.items()
-            for moment in ("exp_avg", "exp_avg_sq")
-        }
+        """Adam moments as `<role>/<moment>/<parameter>` and the number of updates by role.
+
+        Called in every process; the moments, gathered from all, are in the main process's answer alone.
+        """
+        tensors: dict[str, Tensor] = {}
+        for role, trained in self._trained.items():
+            for name, param in trained.params.items() if trained.updates else ():
+                for moment in MOMENTS:
+                    value = self._moment(role, param, moment)
+                    if self.is_main:
+                        tensors[f"{'+'.join(role)}/{moment}/{name}"] = value.cpu()
         return tensors, {"+".join(role): trained.updates for role, trained in self._trained.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], updates: Mapping[str, int]) -> None:
-        """Continue where `state_dict` was taken; the learning rate follows from the number of updates."""
+        """Continue where `state_dict` was taken, by whatever engine and in however many processes.
+
+        The learning rate follows from the number of updates.
+        """
         for role, trained in self._trained.items():
             key = "+".join(role)
             trained.updates = updates[key]
-            for name, param in trained.params.items() if trained.updates else ():
-                trained.optimizer.state[param] = {
-                    "step": torch.tensor(float(trained.updates)),
-                    **{m: tensors[f"{key}/{m}/{name}"].to(param.device) for m in ("exp_avg", "exp_avg_sq")},
-                }
+            if trained.updates:
+                self._load_moments(role, {m: {name: tensors[f"{key}/{m}/{name}"] for name in trained.params} for m in MOMENTS})
             trained.scheduler.last_epoch = trained.updates
             rates = [
                 base * factor(trained.updates)
@@ -117,16 +136,23 @@ class Engine(Processes):
                 group["lr"] = rate
             trained.scheduler._last_lr = rates
 
-    def _reduce_gradients(self, params: list[nn.Parameter]) -> None:
-        if self.world_size == 1:
-            return
-        gradients = [param.grad for param in params if param.grad is not None]
-        assert len(gradients) == len(params), "a trained adapter received no gradient: the objective's loss does not depend on all of it"
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.world_size
-        for param, piece in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            param.grad = piece.view_as(param)
+    @abstractmethod
+    def _start(self, role: Role, params: list[nn.Parameter], adamw: AdamW, max_grad_norm: float | None) -> Optimizer:
+        """Take a role's parameters and optimizer; returns the optimizer whose groups hold the learning rate."""
+
+    @abstractmethod
+    def _backward(self, role: Role, loss: Tensor, *, last: bool) -> None:
+        """Add one micro-batch's gradient; `last` before the update."""
+
+    @abstractmethod
+    def _step(self, role: Role) -> Tensor: ...
+
+    @abstractmethod
+    def _moment(self, role: Role, param: nn.Parameter, moment: str) -> Tensor: ...
+
+    @abstractmethod
+    def _load_moments(self, role: Role, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Set the Adam moments, by moment and parameter, and Adam's own count of updates."""
 
 
 class StopSignal:

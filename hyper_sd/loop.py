@@ -84,8 +84,7 @@ def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
     finite, after which nothing is saved.
     """
     objectives = job.stage.objectives(job.context)
-    _start_optimizers(job, engine, objectives)
-    start = _restore(job, engine)
+    start = _restore(job, engine, objectives)
     observer.started(job, start)
     saver = Saver(job, engine)
     with Prefetcher(job, engine, start) as prefetcher, Meter(job, engine, start) as meter:
@@ -109,6 +108,7 @@ def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
 def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], engine: Engine) -> tuple[Role, dict[str, Tensor]]:
     """All micro-batches of one objective, then one optimizer step: accumulation can neither reorder updates nor change them."""
     logs: dict[str, Tensor] = {}
+    engine.begin(objective.trains)
     for batch, shared in micro_batches:
         loss = objective.loss(batch, shared)
         engine.backward(objective.trains, loss.value)
@@ -218,10 +218,15 @@ class Saver:
 
 
 def save(job: Job, engine: Engine, step: int) -> None:
-    roles = job.context.roles
+    """Called in every process; the main one writes. Raises RuntimeError if their adapters are not the same."""
+    roles, names = job.context.roles, (*job.stage.adapters, *job.context.roles.attached)
+    if different := [name for name in names if not engine.same(roles.params((name,)))]:
+        raise RuntimeError(
+            f"{job.plan.key}: the processes hold different weights of {', '.join(different)} at step {step}; nothing was saved"
+        )
     optimizer, updates = engine.state_dict()
     if engine.is_main:
-        adapters = {adapter: roles.state_dict(adapter) for adapter in (*job.stage.adapters, *roles.attached)}
+        adapters = {name: roles.state_dict(name) for name in names}
         save_checkpoint(checkpoints(job.folder), Checkpoint(step, adapters, optimizer, updates), keep_last=engine.config.keep_last)
     engine.barrier()
 
@@ -230,21 +235,23 @@ def checkpoints(folder: Path) -> Path:
     return folder / "checkpoints"
 
 
-def _start_optimizers(job: Job, engine: Engine, objectives: Sequence[Objective]) -> None:
+def _restore(job: Job, engine: Engine, objectives: Sequence[Objective]) -> int:
+    """The stage's state as its newest checkpoint has it; returns the step to go on from."""
     engine.drop_optimizers()
+    checkpoint = latest_checkpoint(checkpoints(job.folder))
+    for adapter, tensors in checkpoint.adapters.items() if checkpoint else ():
+        job.context.roles.load_state_dict(adapter, tensors)
+    _start_optimizers(job, engine, objectives)  # after the adapters: an engine may copy what it trains
+    if checkpoint is None:
+        return 0
+    engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)
+    return checkpoint.step
+
+
+def _start_optimizers(job: Job, engine: Engine, objectives: Sequence[Objective]) -> None:
     roles, plan = job.context.roles, job.plan
     roles.trainable(tuple(adapter for objective in objectives for adapter in objective.trains))
     for objective in objectives:
         params = {f"{adapter}/{name}": p for adapter in objective.trains for name, p in roles.tensors(adapter).items()}
         optimizer = plan.optimizers.get(objective.trains[-1], plan.optimizer)
         engine.train(objective.trains, params, optimizer, plan.lr_scheduler, -(-plan.max_steps // objective.every))
-
-
-def _restore(job: Job, engine: Engine) -> int:
-    checkpoint = latest_checkpoint(checkpoints(job.folder))
-    if checkpoint is None:
-        return 0
-    for adapter, tensors in checkpoint.adapters.items():
-        job.context.roles.load_state_dict(adapter, tensors)
-    engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)
-    return checkpoint.step

@@ -117,6 +117,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def sample_period(self) -> int:
+        """Every so manieth sample of the stream is given more calls of the network than the others; 1: all are alike."""
+        ...
+
+    @property
     def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
         """What else is trained, such as a discriminator's heads: by name, a function of the network and a seed that makes it anew."""
         ...
@@ -144,6 +149,10 @@ class StageDefaults:
 
     @property
     def student_every(self) -> int:
+        return 1
+
+    @property
+    def sample_period(self) -> int:
         return 1
 
     @property

@@ -21,7 +21,7 @@ from hyper_sd.teachers import Teacher
 
 
 class Recorder:
-    """The observer of a run's training. Only the main process writes; the others wait for its grids."""
+    """The observer of a run's training. Only the main process writes; the others wait for its grids, or draw with it."""
 
     def __init__(self, config: RunConfig, engine: Engine, folder: RunFolder, teacher: Teacher, recipe: Callable[[str], Recipe], draw: Draw):
         self._config, self._engine, self._folder = config, engine, folder
@@ -46,16 +46,18 @@ class Recorder:
     def stepped(self, job: Job, step: int) -> None:
         every = self._config.eval.every_steps
         if step == job.plan.max_steps or (every is not None and step % every == 0):
-            if self._tracker is not None:
-                self._draw_grid(job)
-                self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
+            if self._tracker is not None or self._engine.collective_forward:
+                columns = self._columns(job)
+                if self._tracker is not None:
+                    save_grid(job.folder / "grid.png", columns, self._draw.prompts)
+                    self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
             self._engine.barrier()
 
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.close()
 
-    def _draw_grid(self, job: Job) -> None:
+    def _columns(self, job: Job) -> dict[str, Tensor]:
         """The fixed prompts at every step count beside the teacher, sampled with the training network itself."""
         pipe, teacher_steps = self._teacher.pipeline, self._config.eval.teacher_steps
         if not self._reference:
@@ -64,7 +66,7 @@ class Recorder:
         recipe = sorted(self._recipe(job.plan.name).items(), reverse=True)
         role = (job.stage.exports,)
         columns = {f"{num_steps} step{'s' if num_steps > 1 else ''}": self._images(job, role, row) for num_steps, row in recipe}
-        save_grid(job.folder / "grid.png", self._reference | columns, self._draw.prompts)
+        return self._reference | columns
 
     def _images(self, job: Job, role: Role, row: Sampler) -> Tensor:
         pipe, batch_size = self._teacher.pipeline, self._config.eval.batch_size

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from hyper_sd.config import RunConfig
+from hyper_sd.config import RunConfig, StagePlan
 from hyper_sd.data import Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
+from hyper_sd.engines import start_engine
 from hyper_sd.evaluate import evaluate_run
-from hyper_sd.export import export_lora, lora_info
+from hyper_sd.export import export_lora, fixed_inputs, lora_info
 from hyper_sd.files import replace_file
 from hyper_sd.loop import Feed, Job, fit
 from hyper_sd.lora_file import DTYPES, inspect_lora, read_lora
@@ -33,7 +34,7 @@ LORA = "lora.safetensors"
 
 def run_plan(config: RunConfig) -> None:
     """Train every stage that is not finished, export each, evaluate. Everything that can be refused is refused before weights load."""
-    engine = Engine(config.engine)
+    engine = start_engine(config.engine)
     run = train_plan(config, engine)
     if run is not None:
         if engine.is_main:
@@ -48,8 +49,8 @@ def train_plan(config: RunConfig, engine: Engine) -> "Run | None":
     """The finished run; None if a stop signal ended it first, after everything was saved."""
     facts = inspect_teacher(config.teacher)
     stages = check_plan(config, facts)
-    for plan in config.selected.values():
-        engine.micro_batches(plan.batch_size, start=0)
+    for name, plan in config.selected.items():
+        check_work(engine, plan, stages[name])
     source = build_source(config.data, seed=config.seed, image_size=facts.image_size)
     folder = RunFolder(config)
     engine.barrier()  # every process has looked at the directory before one writes to it
@@ -85,6 +86,17 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
     return stages
 
 
+def check_work(engine: Engine, plan: StagePlan, stage: Stage) -> None:
+    """Raise ValueError unless every process gets micro-batches, and, where they share the network, calls it equally often."""
+    size = len(engine.micro_batches(plan.batch_size, start=0)[0])
+    if engine.collective_forward and size % stage.sample_period:
+        raise ValueError(
+            f"{plan.key}: under ZeRO-3 every process must call the network equally often, but every {stage.sample_period}th sample "
+            f"(ode_one_in) is given more calls than the others, and a process has {size} samples at a time; make batch_size / (processes "
+            f"x engine.accumulation) a multiple of {stage.sample_period}, or use configs/accelerate/deepspeed_zero2.yaml"
+        )
+
+
 @dataclass(frozen=True)
 class Run:
     """A checked plan with its engine, data and directory."""
@@ -115,7 +127,8 @@ class Run:
         """The teacher's network with every adapter that any stage needs."""
         adapters = dict.fromkeys(adapter for stage in self.stages.values() for adapter in stage.adapters)
         encoder_only = {adapter for stage in self.stages.values() for adapter in stage.encoder_only}
-        roles = Roles(self.teacher.net, self.spec, tuple(adapters), encoder_only=tuple(encoder_only), seed=self.config.seed)
+        with self.engine.sharding(self.teacher.net):
+            roles = Roles(self.teacher.net, self.spec, tuple(adapters), encoder_only=tuple(encoder_only), seed=self.config.seed)
         if self.config.engine.gradient_checkpointing:
             roles.enable_gradient_checkpointing()
         return Context(Denoiser(self.teacher.forward, roles, self.teacher.schedule, self.teacher.prediction), roles)
@@ -141,6 +154,8 @@ class Run:
                     return False
                 if self.engine.is_main:
                     self._export(name)
+                elif self.engine.collective_forward:
+                    self._answer_export(name)
                 self.engine.barrier()
             handed = folder / LORA
             first_step += plan.max_steps
@@ -176,6 +191,10 @@ class Run:
             trained=self._trained(stage),
         )
         print(f"{name}: exported and checked in a stock pipeline, relative error {error:.1e}", flush=True)
+
+    def _answer_export(self, name: str) -> None:
+        """The call of the training network that the main process makes while it checks its file."""
+        self._trained(self.stages[name])(*fixed_inputs(self.teacher.net, self.facts.schedule.num_steps))
 
     def _trained(self, stage: Stage) -> Callable[..., torch.Tensor]:
         """The training network under the exported adapter, called with and answering on the CPU."""

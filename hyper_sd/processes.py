@@ -1,30 +1,30 @@
 """The processes of a command as the launcher started them, and what they tell each other."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
+from transformers.integrations import unset_hf_deepspeed_config
+
+from hyper_sd.launcher import CONFIGS, Launch
 
 
 class Processes:
-    """This process among all. Raises RuntimeError if fewer joined than the launcher started.
+    """This process among all. Raises ValueError if processes, engine or backend are not what the launcher was told.
 
     `cpu_threads` are torch's threads where there is no GPU; None: the machine's cores, shared between its processes.
     """
 
     def __init__(self, cpu_threads: int | None = None):
+        launch = Launch.read(os.environ)
         on_cpu = not torch.cuda.is_available()
-        self.accelerator = Accelerator(cpu=on_cpu)
+        self.accelerator = _accelerator(launch, on_cpu)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        expected = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.world_size != expected:
-            raise RuntimeError(
-                f"the launcher started {expected} processes but {self.world_size} joined; use one of configs/accelerate/*.yaml "
-                "with `accelerate launch --config_file`"
-            )
+        self.verify(launch)
         if on_cpu:
             torch.set_num_threads(cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
         self.device = self.accelerator.device
@@ -34,10 +34,17 @@ class Processes:
         return self.rank == 0
 
     @property
+    def engine_type(self) -> str:
+        """plain, zero1, zero2 or zero3, as accelerate set it up."""
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            return "plain"
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        return f"zero{plugin.zero_stage}"
+
+    @property
     def facts(self) -> dict[str, Any]:
         """Engine type, world size and backend as found at run time."""
-        backend = dist.get_backend() if dist.is_initialized() else None
-        return {"type": "plain", "world_size": self.world_size, "backend": backend, "device": self.device.type}
+        return {"type": self.engine_type, "world_size": self.world_size, "backend": _backend(), "device": self.device.type}
 
     def share(self, total: int) -> slice:
         """This process's part of `total` items; the parts follow each other in the order of ranks."""
@@ -68,6 +75,16 @@ class Processes:
         dist.all_reduce(votes)
         return votes.item() > 0
 
+    def same(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all processes hold the same tensors, by the norm of each; alike in every process."""
+        if self.world_size == 1:
+            return True
+        lowest = torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors]))
+        highest = lowest.clone()
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        dist.all_reduce(highest, dist.ReduceOp.MAX)
+        return torch.equal(lowest, highest)
+
     def barrier(self) -> None:
         self.accelerator.wait_for_everyone()
 
@@ -75,3 +92,28 @@ class Processes:
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def verify(self, launch: Launch) -> None:
+        """Raise ValueError if this is not what the launcher was told: accelerate falls back to less without a word."""
+        if self.world_size != launch.num_processes:
+            raise ValueError(f"the launcher started {launch.num_processes} processes but {self.world_size} joined; use one of {CONFIGS}")
+        if self.engine_type != launch.engine:
+            raise ValueError(
+                f"the launcher asks for the engine {launch.engine} but accelerate set up {self.engine_type}; use one of {CONFIGS}"
+            )
+        if _backend() not in (None, expected := "nccl" if torch.cuda.is_available() else "gloo"):
+            raise ValueError(f"the processes talk over {_backend()}, expected {expected}; use one of {CONFIGS}")
+
+
+def _accelerator(launch: Launch, on_cpu: bool) -> Accelerator:
+    if not launch.zero_stage:
+        return Accelerator(cpu=on_cpu)
+    if on_cpu:  # Accelerator(cpu=True) would leave DeepSpeed out
+        os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [])
+    unset_hf_deepspeed_config()  # else transformers would divide every text encoder it loads from now on, and nothing would join it
+    return accelerator
+
+
+def _backend() -> str | None:
+    return dist.get_backend() if dist.is_initialized() else None

@@ -155,7 +155,7 @@ def _parameters(scheduler: str) -> set[str]:
     return set(inspect.signature(getattr(diffusers, scheduler).__init__).parameters) - {"self"}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: weights that ZeRO-3 gathers under it are lost for training
 def sample(
     pipe: DiffusionPipeline,
     prompts: Sequence[str],

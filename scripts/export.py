@@ -1,16 +1,19 @@
 """Convert the LoRA of a run: `python scripts/export.py --help`."""
 
+import os
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from hyper_sd.cli import entry
 from hyper_sd.commands import ExportConfig
+from hyper_sd.launcher import require_one_process
 from hyper_sd.structured import resolved, structured
 
 
 @entry("export")
 def main(cfg: DictConfig) -> None:
+    require_one_process(os.environ, "scripts/export.py")
     config = structured(ExportConfig, resolved(cfg))
     run, out = Path(config.run), Path(config.out) if config.out else None
     if config.format == "unet":

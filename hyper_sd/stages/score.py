@@ -104,6 +104,10 @@ class Score(TakesAdversarial):
     def student_every(self) -> int:
         return self.fake_updates
 
+    @property
+    def sample_period(self) -> int:
+        return self.ode_one_in if self.ode_weight > 0 else 1
+
     @cached_property
     def _tscd(self) -> TSCD:
         return TSCD(segments=1, solver_steps=self.solver_steps, guidance=self.guidance, ema_decay=self.ema_decay)

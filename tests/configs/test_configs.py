@@ -1,5 +1,6 @@
 """Every yaml composes and builds; every mistake gets one clear message, at once."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from hyper_sd.ablation import check_equal_cost
-from hyper_sd.cli import compose, literal
+from hyper_sd.cli import compose, literal, submitted
 from hyper_sd.config import FeaturesConfig, RewardConfig, RunConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
 from hyper_sd.plan import check_plan
@@ -462,3 +463,12 @@ def test_only_training_can_be_swept(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "export.py"), "-m", "run=a,b"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "scripts/train.py" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_sweep_for_one_of_hydras_launchers_numbers_its_directories() -> None:
+    sweep = ["hydra/launcher=submitit_slurm", "recipe=smoke", "stages.tscd_1.ema_decay=0.9,0.95"]
+    args = argparse.Namespace(config_dir=None)
+    assert submitted("train", args, sweep) == [*sweep, "run.dir='outputs/multirun/${name}/${hydra:job.num}'"]
+    assert submitted("train", args, [*sweep, "run.dir=mine"])[-1] == "run.dir='mine/${hydra:job.num}'"
+    with pytest.raises(SystemExit):
+        submitted("train", args, [*sweep, "lora.rnk=1,2"])
