@@ -1,10 +1,10 @@
 """What the commands beside training are told. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from hyper_sd.config import DataConfig, EvalConfig, TeacherConfig
-from hyper_sd.structured import Count, NonNegativeInt
+from hyper_sd.structured import Count, NonNegative, NonNegativeInt, Range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +46,47 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if (self.run is None) == (self.lora is None):
             raise ValueError(f"run, lora: give one of them, run=DIR or lora=FILE; got run={self.run} and lora={self.lora}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketsConfig:
+    """Sizes of about the teacher's area: sides are multiples of `step` pixels, their ratio at most `max_ratio`."""
+
+    step: Count
+    max_ratio: Annotated[float, Range(low=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """What is left out on purpose; the keys are explained in configs/prepare.yaml."""
+
+    min_side: NonNegativeInt
+    max_ratio: Annotated[float, Range(low=1)] | None
+    min_sharpness: NonNegative
+    min_aesthetic: float | None
+    unique_captions: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What scripts/prepare.py is told; the keys are explained in configs/prepare.yaml. `scorer` is for `build_target`."""
+
+    out: str
+    data: DataConfig
+    teacher: TeacherConfig
+    buckets: BucketsConfig | None
+    filters: FilterConfig
+    scorer: dict[str, Any] | None
+    embeddings: bool
+    dtype: Literal["fp32", "fp16", "bf16"]
+    encode_dtype: Literal["fp32", "fp16", "bf16"]
+    encode_batch: Count
+    shard_size: Count
+    sheet: NonNegativeInt
+    seed: NonNegativeInt
+
+    def __post_init__(self) -> None:
+        if (self.filters.min_aesthetic is None) != (self.scorer is None):
+            raise ValueError(
+                f"filters.min_aesthetic={self.filters.min_aesthetic} and scorer={self.scorer} belong together: set both or neither"
+            )

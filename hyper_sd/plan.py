@@ -1,6 +1,6 @@
 """A run: the stages of the plan one after the other, the adapter handed on from each to the next, then the report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hyper_sd.config import RunConfig
-from hyper_sd.data import Source, build_source
+from hyper_sd.data import BadSamples, Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.evaluate import evaluate_run
@@ -24,7 +24,7 @@ from hyper_sd.report import table
 from hyper_sd.report import write as write_report
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
-from hyper_sd.sample import Recipe, recipe_to_json, stage_recipe
+from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
 from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, TeacherFacts, inspect_teacher, load_pipeline, load_teacher
 
@@ -50,7 +50,8 @@ def train_plan(config: RunConfig, engine: Engine) -> "Run | None":
     stages = check_plan(config, facts)
     for plan in config.selected.values():
         engine.micro_batches(plan.batch_size, start=0)
-    source = build_source(config.data, seed=config.seed, image_size=facts.image_size)
+    source = build_source(config.data, seed=config.seed, image_size=facts.image_size, fingerprint=facts.fingerprint)
+    check_groups(config, source)
     folder = RunFolder(config)
     engine.barrier()  # every process has looked at the directory before one writes to it
     if engine.is_main:
@@ -83,6 +84,16 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
         header.require_rank(config.lora.rank)
         header.require_base(facts.fingerprint)
     return stages
+
+
+def check_groups(config: RunConfig, source: Source) -> None:
+    """Raise ValueError for a stage whose batches would not be the groups that the source's samples come in."""
+    for plan in config.selected.values():
+        if source.batch_size not in (None, plan.batch_size):
+            raise ValueError(
+                f"{plan.key}.batch_size={plan.batch_size}: samples of several sizes or sources come in groups of "
+                f"data.batch_size={source.batch_size}; all stages must have the same"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,10 @@ class Run:
     def train(self, stop: StopSignal) -> bool:
         """Returns False if a stop signal came before the last stage was finished."""
         handed = Path(self.config.init) if self.config.init is not None else None
-        feed = Feed(self.source, self.teacher, self.config.seed)
+        self.source.check(self.teacher)
+        bad = BadSamples(self.folder.path / "bad_samples.jsonl", self.config.data.max_bad_fraction)
+        bad.opened(self.source)
+        feed = Feed(self.source, self.teacher, self.config.seed, bad, self._own_samples, self.config.data.prefetch)
         draw = make_draw(self.config.eval, 0, NUM_GRID, self.source)
         recorder = Recorder(self.config, self.engine, self.folder, self.teacher, self.sampler, draw)
         first_step = first_position = 0
@@ -150,6 +164,11 @@ class Run:
         if self.engine.is_main:
             replace_file(self.folder.path / LORA, handed.read_bytes())
         return True
+
+    def _own_samples(self, prompts: Sequence[str], positions: Sequence[int]) -> torch.Tensor:
+        """The undistilled teacher's latents of the prompts: a function of (seed, positions)."""
+        with self.context.roles.use(()):
+            return own_samples(self.teacher, self.config.teacher, prompts, positions, self.config.data.teacher_steps, self.config.seed)
 
     def _start_from(self, handed: Path | None, stage: Stage) -> None:
         roles = self.context.roles

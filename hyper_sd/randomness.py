@@ -36,6 +36,10 @@ class Purpose(IntEnum):
     ADVERSARIAL_TIMESTEP = 16
     ADVERSARIAL_NOISE = 17
     R1_NOISE = 18
+    CAPTION = 40
+    REPLACEMENT = 41
+    BUCKET = 42
+    MIX = 43
 
 
 def _splitmix64(value: int) -> int:
