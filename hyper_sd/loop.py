@@ -2,9 +2,7 @@
 
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from hyper_sd.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from hyper_sd.config import EngineConfig, StagePlan
-from hyper_sd.data import BadSamples, Samples, Source
+from hyper_sd.data import BadSamples, Prefetcher, Samples, Source
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.objective import Batch, Context, Objective, Shared, Stage
 from hyper_sd.randomness import Draws
@@ -104,15 +102,16 @@ def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
     start = _restore(job, engine)
     observer.started(job, start)
     saver = Saver(job, engine)
-    with Prefetcher(job, engine, start) as prefetcher, Meter(job, engine, start) as meter:
+    with _reading(job, engine, start) as reading, Meter(job, engine, start) as meter:
         for step in range(start, job.plan.max_steps):
-            micro_batches = prefetcher.take(step)
+            run_step = job.first_step + step
+            micro_batches: list[tuple[Batch, Shared]] = [(job.feed.batch(read, part, run_step), {}) for part, read in reading.take()]
             for objective in objectives:
                 if step % objective.every == 0:
                     meter.add(*update(objective, micro_batches, engine))
             job.stage.after_step(job.context, step)
             done = step + 1
-            if values := meter.row(done, prefetcher.waited_s):
+            if values := meter.row(done, reading.waited_s):
                 observer.logged(job, done, values)
             observer.stepped(job, done)
             stopped = engine.any(stop.received is not None)
@@ -134,43 +133,6 @@ def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], 
     logs["lr"] = some.new_full((), engine.learning_rate(objective.trains))
     logs["grad_norm"] = engine.step(objective.trains).detach()
     return objective.trains, logs
-
-
-class Prefetcher:
-    """Reads the samples of the next steps while this one is trained on; `waited_s` is how long training stood still for them."""
-
-    def __init__(self, job: Job, engine: Engine, start: int):
-        self._job, self._engine = job, engine
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._ahead: deque[list[tuple[range, Future[Samples]]]] = deque()
-        self._next = start
-        self.waited_s = 0.0
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._reader.shutdown(cancel_futures=True)
-
-    def take(self, step: int) -> list[tuple[Batch, Shared]]:
-        """This process's micro-batches of a stage's step, each with an empty dict for what objectives share."""
-        while self._next < min(step + 1 + self._job.feed.prefetch, self._job.plan.max_steps):
-            self._ahead.append(self._read(self._next))
-            self._next += 1
-        feed, run_step = self._job.feed, self._job.first_step + step
-        since = time.monotonic()
-        read = [(positions, future.result()) for positions, future in self._ahead.popleft()]
-        self.waited_s += time.monotonic() - since
-        return [(feed.batch(samples, positions, run_step), {}) for positions, samples in read]
-
-    def _read(self, step: int) -> list[tuple[range, Future[Samples]]]:
-        start = self._job.first_position + step * self._job.plan.batch_size
-        positions = self._engine.micro_batches(self._job.plan.batch_size, start)
-        return [(part, self._reader.submit(self._samples, part)) for part in positions]
-
-    def _samples(self, positions: Sequence[int]) -> Samples:
-        samples = self._job.feed.source.batch(positions)
-        return samples.pinned() if self._engine.device.type == "cuda" else samples
 
 
 class Meter:
@@ -270,6 +232,14 @@ def _start_optimizers(job: Job, engine: Engine, objectives: Sequence[Objective])
         params = {f"{adapter}/{name}": p for adapter in objective.trains for name, p in roles.tensors(adapter).items()}
         optimizer = plan.optimizers.get(objective.trains[-1], plan.optimizer)
         engine.train(objective.trains, params, optimizer, plan.lr_scheduler, -(-plan.max_steps // objective.every))
+
+
+def _reading(job: Job, engine: Engine, start: int) -> Prefetcher:
+    def positions(step: int) -> list[range]:
+        return engine.micro_batches(job.plan.batch_size, job.first_position + step * job.plan.batch_size)
+
+    steps = range(start, job.plan.max_steps)
+    return Prefetcher(job.feed.source, positions, steps, ahead=job.feed.prefetch, pin=engine.device.type == "cuda")
 
 
 def _restore(job: Job, engine: Engine) -> int:

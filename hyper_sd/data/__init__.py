@@ -6,9 +6,10 @@ from dataclasses import replace
 from hyper_sd.config import DataConfig
 from hyper_sd.data.bad import BadSamples, check_opened
 from hyper_sd.data.base import Samples, Source
+from hyper_sd.data.prefetch import Prefetcher
 from hyper_sd.randomness import Purpose, fold
 
-__all__ = ["BadSamples", "Samples", "Source", "build_source"]
+__all__ = ["BadSamples", "Prefetcher", "Samples", "Source", "build_source"]
 
 
 def build_source(cfg: DataConfig, *, seed: int, image_size: int, fingerprint: Mapping[str, str] | None = None) -> Source:

@@ -33,7 +33,7 @@ class BucketOrder:
 
     A bucket is a stream of its own epochs, as in EpochOrder, cut into groups: the n mod batch_size samples that an epoch of a
     bucket leaves over open its next one, so that each comes exactly once before any comes again. Epoch e of the whole has the
-    groups floor(e n / batch_size) .. floor((e + 1) n / batch_size) - 1 of every bucket, in an order of (seed, e).
+    groups floor(e n / batch_size) .. floor((e + 1) n / batch_size) - 1 of every bucket; which bucket is next is an order of (seed, e).
     """
 
     def __init__(self, buckets: Sequence[np.ndarray], batch_size: int, seed: int):
@@ -44,8 +44,9 @@ class BucketOrder:
         @lru_cache(maxsize=2)
         def groups(epoch: int) -> np.ndarray:
             """(bucket, group of that bucket), one row a group of the epoch."""
-            rows = [(number, group) for number, bucket in enumerate(buckets) for group in self._groups_of(len(bucket), epoch)]
-            return np.array(rows)[_permutation(len(rows), seed, Purpose.BUCKET, epoch)]
+            first, end = (np.array([e * len(bucket) // batch_size for bucket in buckets]) for e in (epoch, epoch + 1))
+            number, before = _shuffled_turns(end - first, seed, Purpose.BUCKET, epoch)
+            return np.stack([number, first[number] + before], axis=1)
 
         self._groups = groups
 
@@ -70,9 +71,6 @@ class BucketOrder:
         """Groups in all earlier epochs."""
         return sum(epoch * len(bucket) // self._batch_size for bucket in self._buckets)
 
-    def _groups_of(self, num: int, epoch: int) -> range:
-        return range(epoch * num // self._batch_size, (epoch + 1) * num // self._batch_size)
-
 
 class MixOrder:
     """Which source a group of positions comes from: of every BLOCK groups each source has its share, in an order of (seed, block)."""
@@ -89,11 +87,7 @@ class MixOrder:
         @lru_cache(maxsize=2)
         def places(block: int) -> tuple[np.ndarray, np.ndarray]:
             """The source of every group of a block, and how many of that source come before it in the block."""
-            sources = np.repeat(np.arange(len(self.counts)), self.counts)[_permutation(self.block, seed, Purpose.MIX, block)]
-            before = np.empty_like(sources)
-            for number, count in enumerate(self.counts):
-                before[sources == number] = np.arange(count)
-            return sources, before
+            return _shuffled_turns(self.counts, seed, Purpose.MIX, block)
 
         self._places = places
 
@@ -103,6 +97,15 @@ class MixOrder:
         sources, before = self._places(block)
         number = int(sources[offset])
         return number, block * int(self.counts[number]) + int(before[offset])
+
+
+def _shuffled_turns(counts: Sequence[int] | np.ndarray, *keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Turns in an order of the keys, counts[n] of them n's; and how many turns of the same n come before each."""
+    turns = np.repeat(np.arange(len(counts)), counts)[_permutation(int(np.sum(counts)), *keys)]
+    before = np.empty_like(turns)
+    for number, count in enumerate(counts):
+        before[turns == number] = np.arange(count)
+    return turns, before
 
 
 def _permutation(num: int, *keys: int) -> np.ndarray:

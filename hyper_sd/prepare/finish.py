@@ -33,7 +33,22 @@ def finish(cfg: PrepareConfig, settings: dict[str, Any], teacher: Teacher, num_u
     """Write dataset.json, last of all. Raises ValueError if no sample is left."""
     out = Path(cfg.out)
     parts = [part for unit in range(num_units) for part in finished(out, unit)]
-    index, again = _merge(out, [part for part in parts if part.kept], unique=cfg.filters.unique_captions)
+    made = {
+        "teacher": teacher.facts.name,
+        "fingerprint": teacher.fingerprint,
+        "image_size": teacher.image_size,
+        "dtype": cfg.dtype,
+        "embeddings": cfg.embeddings,
+        "source": settings["data"],
+        "settings": settings,
+        "probe": probe(teacher, cfg.embeddings),
+    }
+    seal(out, parts, made, unique=cfg.filters.unique_captions)
+
+
+def seal(out: Path, parts: list[Part], made: dict[str, Any], *, unique: bool = False) -> None:
+    """Join finished parts to a cache; `made` are the fields of its manifest that say how it was made."""
+    index, again = _merge(out, [part for part in parts if part.kept], unique=unique)
     dropped = [sample for part in parts for sample in part.dropped] + again
     replace_file(out / DROPPED, "".join(json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in dropped).encode())
     reasons = dict(Counter(sample.reason for sample in dropped).most_common())
@@ -43,20 +58,13 @@ def finish(cfg: PrepareConfig, settings: dict[str, Any], teacher: Teacher, num_u
     sizes = Counter(f"{width}x{height}" for height, width in zip(index["height"].tolist(), index["width"].tolist(), strict=True))
     manifest = Manifest(
         format=FORMAT,
-        teacher=teacher.facts.name,
-        fingerprint=teacher.fingerprint,
-        image_size=teacher.image_size,
-        dtype=cfg.dtype,
-        embeddings=cfg.embeddings,
         num_samples=len(index["shard"]),
         num_read=sum(part.read for part in parts),
         dropped=reasons,
         buckets=dict(sizes.most_common()),
-        source=settings["data"],
-        settings=settings,
         shards=[part.shard | {"num_samples": part.kept} for part in parts if part.shard is not None],
         index_sha256=hashlib.sha256(data).hexdigest(),
-        probe=probe(teacher, cfg.embeddings),
+        **made,
     )
     replace_file(out / INDEX, data)
     write_json(out / MANIFEST, manifest.to_json())
