@@ -1,7 +1,7 @@
 """What the commands beside training are told. Imports no torch."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from hyper_sd.config import DataConfig, EvalConfig, TeacherConfig
 from hyper_sd.structured import Count, NonNegative, NonNegativeInt, Range
@@ -69,14 +69,13 @@ class FilterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """What scripts/prepare.py is told; the keys are explained in configs/prepare.yaml. `scorer` is for `build_target`."""
+    """What scripts/prepare.py is told; the keys are explained in configs/prepare.yaml."""
 
     out: str
     data: DataConfig
     teacher: TeacherConfig
     buckets: BucketsConfig | None
     filters: FilterConfig
-    scorer: dict[str, Any] | None
     embeddings: bool
     dtype: Literal["fp32", "fp16", "bf16"]
     encode_dtype: Literal["fp32", "fp16", "bf16"]
@@ -84,9 +83,4 @@ class PrepareConfig:
     shard_size: Count
     sheet: NonNegativeInt
     seed: NonNegativeInt
-
-    def __post_init__(self) -> None:
-        if (self.filters.min_aesthetic is None) != (self.scorer is None):
-            raise ValueError(
-                f"filters.min_aesthetic={self.filters.min_aesthetic} and scorer={self.scorer} belong together: set both or neither"
-            )
+    cpu_threads: Count | None

@@ -13,7 +13,7 @@ def main(cfg: DictConfig) -> None:
     from hyper_sd.prepare.build import prepare  # torch: only after the configuration is known to be right
     from hyper_sd.processes import Processes
 
-    processes = Processes()
+    processes = Processes(config.cpu_threads)
     prepare(config, processes)
     processes.close()
 

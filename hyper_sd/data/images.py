@@ -1,5 +1,6 @@
 """Reading image files, and placing them in a size with what SDXL is told about it."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,8 @@ from hyper_sd.data.base import BadSampleError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 89_478_485  # Pillow's own limit; a small file can hold a picture that fills the memory
 _FORMATS = ("JPEG", "PNG", "WEBP")
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such an image is refused and listed here
 
 
 @dataclass(frozen=True)

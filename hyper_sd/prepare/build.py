@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,26 +29,22 @@ from hyper_sd.prepare.shards import PartName, PartWriter, caption_hash, finished
 from hyper_sd.processes import Processes
 from hyper_sd.randomness import fold
 from hyper_sd.sample import own_samples
-from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, inspect_teacher, load_teacher
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+Score = Callable[[Tensor, list[str]], Tensor]  # images (B, 3, H, W) in [0, 1] and captions to (B,); higher is better
+
 SETTINGS = "prepare.json"
 _POLL_S = 0.5
 
 
-class Scorer(Protocol):
-    def score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """A score (B,) of images (B, 3, H, W) in [0, 1]; higher is better."""
-        ...
-
-
-def prepare(cfg: PrepareConfig, processes: Processes) -> Manifest | None:
+def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None) -> Manifest | None:
     """Make the cache `cfg.out`, or go on with it; None in all but the main process, and if a stop signal came first.
 
-    Every process takes every world_size-th unit of the input, so that the files are the same with any number of processes.
+    Every process takes every world_size-th unit of the input, so that the files are the same with any number of processes. `score` is
+    what filters.min_aesthetic is a limit of.
     Raises ValueError, naming the key, before any weight is loaded.
     """
     facts = inspect_teacher(cfg.teacher)
@@ -56,7 +52,8 @@ def prepare(cfg: PrepareConfig, processes: Processes) -> Manifest | None:
     scale = facts.image_size // facts.latent_shape[1]
     if cfg.buckets is not None and cfg.buckets.step % scale:
         raise ValueError(f"buckets.step={cfg.buckets.step} must be a multiple of {scale}, the VAE's pixels for one of the latent")
-    scorer: Scorer | None = build_target(cfg.scorer, "scorer") if cfg.scorer is not None else None
+    if cfg.filters.min_aesthetic is not None and score is None:
+        raise ValueError(f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs something that scores images; set it to null")
     parts = units(cfg.data, cfg.shard_size)
     out, settings = Path(cfg.out), identity(cfg)
     _claim(out, settings)
@@ -68,7 +65,7 @@ def prepare(cfg: PrepareConfig, processes: Processes) -> Manifest | None:
     if not (out / MANIFEST).is_file():
         with StopSignal().caught() as stop:
             own = range(processes.rank, len(parts), processes.world_size)
-            if not Preparer(cfg, teacher, scorer, sizes, stop, processes.is_main).run(parts, own):
+            if not Preparer(cfg, teacher, score, sizes, stop, processes.is_main).run(parts, own):
                 print(f"stopped by {stop.received}; the same command goes on", flush=True)
                 return None
             if not processes.is_main or not _all_there(out, len(parts), stop):
@@ -88,7 +85,7 @@ def identity(cfg: PrepareConfig) -> dict[str, Any]:
     data = {name: values["data"][name] for name in ("kind", "path", "caption_column", "image_column", "split", "subset", "revision")}
     if cfg.data.kind == "prompts":
         data["teacher_steps"] = cfg.data.teacher_steps
-    kept = ("buckets", "filters", "scorer", "embeddings", "dtype", "encode_dtype", "shard_size", "seed", "teacher")
+    kept = ("buckets", "filters", "embeddings", "dtype", "encode_dtype", "shard_size", "seed", "teacher")
     return {"data": data | {"path": storage.shown(str(cfg.data.path))}, **{name: values[name] for name in kept}}
 
 
@@ -126,7 +123,7 @@ class Preparer:
 
     cfg: PrepareConfig
     teacher: Teacher
-    scorer: Scorer | None
+    score: Score | None
     sizes: list[Size]
     stop: StopSignal
     shows: bool
@@ -221,9 +218,9 @@ class Preparer:
 
     def _good(self, writer: PartWriter, group: list[Candidate]) -> list[Candidate]:
         least = self.cfg.filters.min_aesthetic
-        if self.scorer is None or least is None or group[0].placed is None:
+        if self.score is None or least is None or group[0].placed is None:
             return group
-        scores = self.scorer.score(_images(group).to(self.teacher.device), [candidate.captions[0] for candidate in group]).tolist()
+        scores = self.score(_images(group).to(self.teacher.device), [candidate.captions[0] for candidate in group]).tolist()
         for candidate, score in zip(group, scores, strict=True):
             if not score >= least:
                 writer.dropped.append(BadSample(candidate.name, "filter: min_aesthetic", f"{score:.4g}"))

@@ -30,8 +30,8 @@ class Candidate:
 def buckets(image_size: int, cfg: BucketsConfig | None) -> list[Size]:
     """(height, width) of every bucket, of about the area image_size², or the square alone.
 
-    The long side goes up in steps, the short side is the largest multiple of `step` that keeps the area: with 1024 pixels, steps of
-    64 and ratios up to 4 these are 35 of the 41 sizes of SDXL (arXiv 2307.01952, appendix I).
+    The long side goes up in steps, the short side is the largest multiple of `step` that keeps the area, as with SDXL's training
+    sizes (arXiv 2307.01952, section 2.3): with 1024 pixels, steps of 64 and ratios up to 4 from 512 x 2048 to 2048 x 512.
     """
     if cfg is None:
         return [(image_size, image_size)]

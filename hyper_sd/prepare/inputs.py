@@ -121,15 +121,17 @@ def _hf_items(dataset: Any, index: int, cfg: DataConfig, start: int) -> Iterator
     for number, row in enumerate(dataset.skip(start) if start else dataset, start=start):
         name = f"row {number} of file {index} of {cfg.path}"
         try:
-            yield Item(name, captions.from_value(row[cfg.caption_column], name), _hf_image(row[cfg.image_column], name))
+            texts = captions.from_value(row[cfg.caption_column], name)
+            yield Item(name, texts, _hf_image(row[cfg.image_column], name, local=Path(str(cfg.path)).is_dir()))
         except BadSampleError as error:
             yield error.sample
 
 
-def _hf_image(value: Any, name: str) -> Callable[[], Image.Image]:
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and value.get("path") and storage.is_remote(str(value["path"])):
-        data = storage.read_all(str(value["path"]))
+def _hf_image(value: Any, name: str, *, local: bool) -> Callable[[], Image.Image]:
+    """Files are opened for a data set of this machine only: what comes from elsewhere has no business with local paths."""
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and isinstance(path, str) and local and not storage.is_remote(path):
+        return partial(decode, Path(path), name)
     if not isinstance(data, bytes):
         raise BadSampleError(name, "no image", "the column holds no bytes of an image file")
     return lambda: decode(io.BytesIO(data), name)

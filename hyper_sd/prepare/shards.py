@@ -5,7 +5,8 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class PartWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # of a full disk, which has been told
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
     def add(self, number: int, info: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -69,10 +71,15 @@ class PartWriter:
         offset, (height, width) = self._file.tell() + tarfile.BLOCKSIZE, info["sizes"][4:]
         self.rows.append((offset, len(text), start, len(content), zlib.crc32(content), height, width))
         self.hashes.append(caption_hash(info["text"]))
-        self._file.write(data)
+        with _writing(self.out):
+            self._file.write(data)
 
     def close(self, num_read: int, last: bool) -> None:
         """Make it whole and give it its name."""
+        with _writing(self.out):
+            self._close(num_read, last)
+
+    def _close(self, num_read: int, last: bool) -> None:
         files: dict[str, Any] = {}
         if self.rows:
             self._file.write(bytes(2 * tarfile.BLOCKSIZE))
@@ -121,6 +128,14 @@ def finished(out: Path, unit: int) -> list[Part]:
     while not (parts and parts[-1].last) and (part := Part.find(out, PartName(unit, len(parts)))) is not None:
         parts.append(part)
     return parts
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"out={out} cannot be written: {error}; what is finished is kept, the same command goes on") from error
 
 
 def caption_hash(captions: Sequence[str]) -> int:
