@@ -78,7 +78,6 @@ class PrepareConfig:
     filters: FilterConfig
     embeddings: bool
     dtype: Literal["fp32", "fp16", "bf16"]
-    encode_dtype: Literal["fp32", "fp16", "bf16"]
     encode_batch: Count
     shard_size: Count
     sheet: NonNegativeInt

@@ -16,7 +16,7 @@ from hyper_sd.evaluate import evaluate_run
 from hyper_sd.export import export_lora, lora_info
 from hyper_sd.files import replace_file
 from hyper_sd.loop import Feed, Job, fit
-from hyper_sd.lora_file import DTYPES, inspect_lora, read_lora
+from hyper_sd.lora_file import inspect_lora, read_lora
 from hyper_sd.measure import NUM_GRID, check_judge, make_draw
 from hyper_sd.objective import Context, Stage
 from hyper_sd.observe import Recorder
@@ -26,7 +26,7 @@ from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
 from hyper_sd.structured import build_target
-from hyper_sd.teachers import Teacher, TeacherFacts, inspect_teacher, load_pipeline, load_teacher
+from hyper_sd.teachers import Teacher, TeacherFacts, base_dtype, inspect_teacher, load_pipeline, load_teacher
 
 LORA = "lora.safetensors"
 
@@ -119,7 +119,7 @@ class Run:
 
     @cached_property
     def teacher(self) -> Teacher:
-        return load_teacher(self.config.teacher, self.engine.device, base_dtype(self.config, self.engine.device))
+        return load_teacher(self.config.teacher, self.engine.device, base_dtype(self.config.teacher, self.engine.device))
 
     @cached_property
     def context(self) -> Context:
@@ -232,10 +232,3 @@ class Run:
             }
             report = write_report(self.folder.path, evaluation.to_json(), evaluation.grids(), facts)
             print(table(report), flush=True)
-
-
-def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """teacher.dtype; auto is bf16 where the device computes in it, else fp32."""
-    if config.teacher.dtype != "auto":
-        return DTYPES[config.teacher.dtype]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

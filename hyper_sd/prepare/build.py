@@ -29,7 +29,7 @@ from hyper_sd.prepare.shards import PartName, PartWriter, caption_hash, finished
 from hyper_sd.processes import Processes
 from hyper_sd.randomness import fold
 from hyper_sd.sample import own_samples
-from hyper_sd.teachers import Teacher, inspect_teacher, load_teacher
+from hyper_sd.teachers import Teacher, base_dtype, inspect_teacher, load_teacher
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -55,12 +55,12 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     if cfg.filters.min_aesthetic is not None and score is None:
         raise ValueError(f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs something that scores images; set it to null")
     parts = units(cfg.data, cfg.shard_size)
-    out, settings = Path(cfg.out), identity(cfg)
+    out, settings = Path(cfg.out), identity(cfg, parts)
     _claim(out, settings)
     processes.barrier()  # all have looked before one writes
     if processes.is_main:
         write_json(out / SETTINGS, settings)
-    teacher = load_teacher(cfg.teacher, processes.device, DTYPES[cfg.encode_dtype])
+    teacher = load_teacher(cfg.teacher, processes.device, base_dtype(cfg.teacher, processes.device))
     since = time.monotonic()
     if not (out / MANIFEST).is_file():
         with StopSignal().caught() as stop:
@@ -79,14 +79,16 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     return manifest
 
 
-def identity(cfg: PrepareConfig) -> dict[str, Any]:
-    """What decides the content of the cache; to go on with other values would mix two caches."""
+def identity(cfg: PrepareConfig, parts: list[Unit]) -> dict[str, Any]:
+    """What decides the content of the cache; to go on with other values, or with files added, would mix two caches."""
     values = asdict(cfg)
     data = {name: values["data"][name] for name in ("kind", "path", "caption_column", "image_column", "split", "subset", "revision")}
     if cfg.data.kind == "prompts":
         data["teacher_steps"] = cfg.data.teacher_steps
-    kept = ("buckets", "filters", "embeddings", "dtype", "encode_dtype", "shard_size", "seed", "teacher")
-    return {"data": data | {"path": storage.shown(str(cfg.data.path))}, **{name: values[name] for name in kept}}
+    kept = ("buckets", "filters", "embeddings", "dtype", "shard_size", "seed", "teacher")
+    found = {"units": len(parts), "known_entries": sum(part.num_entries or 0 for part in parts)}
+    data |= {"path": storage.shown(str(cfg.data.path))}
+    return {"data": data, "found": found, **{name: values[name] for name in kept}}
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

@@ -266,6 +266,30 @@ def test_webdataset_keeps_samples_of_one_name_in_two_folders_and_shards_apart(tm
     assert Counter(data.batch(range(3)).captions) == Counter(["ax", "ay", "bx"])
 
 
+def test_webdataset_uses_the_first_of_two_members_of_one_name_and_lists_the_second(tmp_path: Path):
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as archive:
+        for name, data in (("a.png", encoded(picture())), ("a.txt", b"first"), ("a.txt", b"second")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    cfg = DataConfig(kind="webdataset", path=str(shard), batch_size=1, max_bad_fraction=0.5)
+    data = build_source(cfg, seed=0, image_size=16)
+    assert data.batch([0]).captions == ["first"]
+    assert [sample.reason for sample in data.bad] == ["duplicate key"]
+
+
+def test_webdataset_uses_the_whole_samples_of_a_torn_shard(tmp_path: Path):
+    shard = image_shard(tmp_path / "a.tar", range(5))  # five images, then five captions
+    with tarfile.open(shard) as archive:
+        last = archive.getmembers()[-2]
+    shard.write_bytes(shard.read_bytes()[: last.offset_data])
+    cfg = DataConfig(kind="webdataset", path=str(shard), batch_size=1, max_bad_fraction=0.6)
+    data = build_source(cfg, seed=0, image_size=16)
+    assert sorted(number_of(data.batch(range(3)))) == [0, 1, 2]
+    assert [sample.reason for sample in data.bad] == ["torn shard", "no caption", "no caption"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_webdataset_prepared_latents_with_conditions(dtype: torch.dtype, tmp_path: Path):
     generator = torch.Generator().manual_seed(0)

@@ -281,6 +281,10 @@ def test_what_is_refused(sd15: Path, sdxl: Path, tmp_path: Path, processes: Proc
     made(sd15, out, processes, *options)
     with pytest.raises(ValueError, match=r"was begun with dtype=fp16, now dtype=fp32; give another directory"):
         made(sd15, out, processes, *options, "dtype=fp32")
+    picture().save(folder / "004.png")
+    (folder / "004.txt").write_text("one more")
+    with pytest.raises(ValueError, match=r"was begun with found=.*'known_entries': 4.*now found=.*'known_entries': 5"):
+        made(sd15, out, processes, *options)
     with pytest.raises(ValueError, match=r"out=.*photos is not empty"):
         made(sd15, folder, processes, *options)
     with pytest.raises(ValueError, match=r"buckets.step=6 must"):
