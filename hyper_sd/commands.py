@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig
-from hyper_sd.structured import Count, NonNegativeInt, Range, suggestion
+from hyper_sd.structured import Count, NonNegative, NonNegativeInt, Range, suggestion
 
 DISTANCES = ("fid", "kid", "cmmd")
 DIVERSITY = "diversity"
@@ -94,3 +94,40 @@ class EvaluateConfig:
         _ = self.measured  # refuses metrics that do not exist
         if (self.run is None) == (self.lora is None):
             raise ValueError(f"run, lora: give one of them, run=DIR or lora=FILE; got run={self.run} and lora={self.lora}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketsConfig:
+    """Sizes of about the teacher's area: sides are multiples of `step` pixels, their ratio at most `max_ratio`."""
+
+    step: Count
+    max_ratio: Annotated[float, Range(low=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """What is left out on purpose; the keys are explained in configs/prepare.yaml."""
+
+    min_side: NonNegativeInt
+    max_ratio: Annotated[float, Range(low=1)] | None
+    min_sharpness: NonNegative
+    min_aesthetic: float | None
+    unique_captions: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What scripts/prepare.py is told; the keys are explained in configs/prepare.yaml."""
+
+    out: str
+    data: DataConfig
+    teacher: TeacherConfig
+    buckets: BucketsConfig | None
+    filters: FilterConfig
+    embeddings: bool
+    dtype: Literal["fp32", "fp16", "bf16"]
+    encode_batch: Count
+    shard_size: Count
+    sheet: NonNegativeInt
+    seed: NonNegativeInt
+    cpu_threads: Count | None

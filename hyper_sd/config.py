@@ -55,13 +55,32 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataPart:
+    """One of the sources of data=mix; `weight` is its share relative to the others'."""
+
+    kind: Literal["scenes", "folder", "webdataset", "prompts", "cache"]
+    path: str | None = None
+    weight: Positive = 1.0
+    caption_column: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training samples; the keys are explained in configs/data/. `batch_size` counts all processes and micro-batches."""
 
-    kind: Literal["scenes", "folder", "webdataset"]
+    kind: Literal["scenes", "folder", "webdataset", "hf", "prompts", "cache", "mix"]
     batch_size: Count
     path: str | None = None
     num_workers: NonNegativeInt = 0
+    prefetch: Count = 2
+    max_bad_fraction: Annotated[float, Range(low=0, high=1)] = 0.01
+    caption_column: str = "text"
+    image_column: str = "image"
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    teacher_steps: Count = 25
+    sources: tuple[DataPart, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from hyper_sd.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from hyper_sd.config import EngineConfig, StagePlan
-from hyper_sd.data.base import Samples, Source
+from hyper_sd.data import BadSamples, Prefetcher, Samples, Source
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.objective import Batch, Context, Objective, Shared, Stage
 from hyper_sd.randomness import Draws
@@ -27,29 +26,44 @@ LOG_EVERY = 10  # steps between two rows of metrics: the only moments at which t
 
 @dataclass(frozen=True)
 class Feed:
-    """Positions of the run's sample stream to micro-batches of latents and conditions, with the draws of exactly those samples."""
+    """Positions of the run's sample stream to micro-batches of latents and conditions, with the draws of exactly those samples.
+
+    `draw(prompts, positions)` makes the teacher's own latents, for data without images. `prefetch` steps are read ahead.
+    """
 
     source: Source
     teacher: Teacher
     seed: int
+    bad: BadSamples
+    draw: Callable[[Sequence[str], Sequence[int]], Tensor]
+    prefetch: int = 2
 
     @torch.no_grad()
     def batch(self, samples: Samples, positions: Sequence[int], step: int) -> Batch:
-        device = self.teacher.device
-        if samples.latents is not None:
-            self._check_latents(samples.latents)
-            x0 = samples.latents.to(device)
-        else:
-            assert samples.images is not None, "a sample is an image or a latent"
-            x0 = self.teacher.encode_images(samples.images)
+        self.bad.add(samples)
         encoded = samples.conds if samples.conds is not None else self.teacher.encode_prompts(samples.captions)
-        cond = tuple(part.to(device) for part in encoded)
-        return Batch(x0, cond, self.teacher.uncond(len(positions)), Draws(self.seed, step, tuple(positions)))
+        cond = tuple(part.to(self.teacher.device, non_blocking=True) for part in encoded)
+        uncond = self.teacher.uncond(len(positions))
+        if samples.sizes is not None:
+            cond, uncond = (self.teacher.with_sizes(parts, samples.sizes) for parts in (cond, uncond))
+        return Batch(self._x0(samples, positions), cond, uncond, Draws(self.seed, step, tuple(positions)))
 
-    def _check_latents(self, latents: Tensor) -> None:
-        if latents.shape[1:] != self.teacher.latent_shape:
+    def _x0(self, samples: Samples, positions: Sequence[int]) -> Tensor:
+        if samples.latents is not None:
+            self._check_latents(samples)
+            return samples.latents.to(self.teacher.device, non_blocking=True)
+        if samples.images is not None:
+            return self.teacher.encode_images(samples.images)
+        return self.draw(samples.captions, positions).to(self.teacher.device)
+
+    def _check_latents(self, samples: Samples) -> None:
+        assert samples.latents is not None
+        latents = samples.latents
+        own = self.teacher.latent_shape
+        expected = own if samples.sizes is None else (own[0], *latents.shape[2:])  # prepared sizes may differ from the teacher's own
+        if latents.shape[1:] != expected:
             raise ValueError(
-                f"data.path holds latents of shape {tuple(latents.shape[1:])}, but this teacher's are {self.teacher.latent_shape}; "
+                f"data.path holds latents of shape {tuple(latents.shape[1:])}, but this teacher's are {own}; "
                 "they were prepared for another teacher or image size: change data.path, teacher.path or teacher.image_size"
             )
 
@@ -87,15 +101,16 @@ def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
     start = _restore(job, engine, objectives)
     observer.started(job, start)
     saver = Saver(job, engine)
-    with Prefetcher(job, engine, start) as prefetcher, Meter(job, engine, start) as meter:
+    with _reading(job, engine, start) as reading, Meter(job, engine, start) as meter:
         for step in range(start, job.plan.max_steps):
-            micro_batches = prefetcher.take(step)
+            run_step = job.first_step + step
+            micro_batches: list[tuple[Batch, Shared]] = [(job.feed.batch(read, part, run_step), {}) for part, read in reading.take()]
             for objective in objectives:
                 if step % objective.every == 0:
                     meter.add(*update(objective, micro_batches, engine))
             job.stage.after_step(job.context, step)
             done = step + 1
-            if values := meter.row(done):
+            if values := meter.row(done, reading.waited_s):
                 observer.logged(job, done, values)
             observer.stepped(job, done)
             stopped = engine.any(stop.received is not None)
@@ -120,41 +135,13 @@ def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], 
     return objective.trains, logs
 
 
-class Prefetcher:
-    """Reads the next step's samples while this one is trained on."""
-
-    def __init__(self, job: Job, engine: Engine, start: int):
-        self._job, self._engine = job, engine
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._next = self._read(start)
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._reader.shutdown(cancel_futures=True)
-
-    def take(self, step: int) -> list[tuple[Batch, Shared]]:
-        """This process's micro-batches of a stage's step, each with an empty dict for what objectives share."""
-        read = self._next
-        if step + 1 < self._job.plan.max_steps:
-            self._next = self._read(step + 1)
-        feed, run_step = self._job.feed, self._job.first_step + step
-        return [(feed.batch(future.result(), positions, run_step), {}) for positions, future in read]
-
-    def _read(self, step: int) -> list[tuple[range, Future[Samples]]]:
-        start = self._job.first_position + step * self._job.plan.batch_size
-        positions = self._engine.micro_batches(self._job.plan.batch_size, start)
-        return [(part, self._reader.submit(self._job.feed.source.batch, part)) for part in positions]
-
-
 class Meter:
     """Averages what objectives report and draws the progress bar; waits for the device only every LOG_EVERY steps."""
 
     def __init__(self, job: Job, engine: Engine, start: int):
         self._job, self._engine, self._logged = job, engine, start
         self._sums: dict[str, list[Tensor]] = {}
-        self._since = time.monotonic()
+        self._since, self._waited_s = time.monotonic(), 0.0
         self._bar = tqdm(
             total=job.plan.max_steps, initial=start, desc=job.plan.name, unit="step", disable=not engine.is_main, mininterval=1
         )
@@ -163,15 +150,21 @@ class Meter:
         for name, value in logs.items():
             self._sums.setdefault(f"{'+'.join(role)}/{name}", []).append(value)
 
-    def row(self, done: int) -> dict[str, float] | None:
-        """Means since the last row, over steps and processes, at every LOG_EVERY-th and the last step; else None."""
+    def row(self, done: int, waited_s: float) -> dict[str, float] | None:
+        """Means since the last row, over steps and processes, at every LOG_EVERY-th and the last step; else None.
+
+        `waited_s` are the seconds that this process has waited for data so far; bad_samples counts those of all processes.
+        """
         self._bar.update()
         if done % LOG_EVERY and done != self._job.plan.max_steps:
             return None
         values = {name: self._engine.mean(torch.stack(parts).mean()).item() for name, parts in self._sums.items()}
         now = time.monotonic()
         values["samples_per_s"] = (done - self._logged) * self._job.plan.batch_size / (now - self._since)
-        self._sums, self._since, self._logged = {}, now, done
+        num_bad, waited = self._job.feed.bad.take(), (waited_s - self._waited_s) / (now - self._since)
+        values["bad_samples"] = self._engine.mean(torch.tensor(float(num_bad), device=self._engine.device)).item() * self._engine.world_size
+        values["data_wait"] = self._engine.mean(torch.tensor(waited, device=self._engine.device)).item()
+        self._sums, self._since, self._waited_s, self._logged = {}, now, waited_s, done
         if bad := [name for name, value in values.items() if value != value or abs(value) == float("inf")]:
             raise FloatingPointError(
                 f"{self._job.plan.key}: {bad[0]} is not finite at step {done}; lower {self._job.plan.key}.optimizer.lr or check the data"
@@ -255,3 +248,11 @@ def _start_optimizers(job: Job, engine: Engine, objectives: Sequence[Objective])
         params = {f"{adapter}/{name}": p for adapter in objective.trains for name, p in roles.tensors(adapter).items()}
         optimizer = plan.optimizers.get(objective.trains[-1], plan.optimizer)
         engine.train(objective.trains, params, optimizer, plan.lr_scheduler, -(-plan.max_steps // objective.every))
+
+
+def _reading(job: Job, engine: Engine, start: int) -> Prefetcher:
+    def positions(step: int) -> list[range]:
+        return engine.micro_batches(job.plan.batch_size, job.first_position + step * job.plan.batch_size)
+
+    steps = range(start, job.plan.max_steps)
+    return Prefetcher(job.feed.source, positions, steps, ahead=job.feed.prefetch, pin=engine.device.type == "cuda")

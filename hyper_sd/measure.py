@@ -55,7 +55,8 @@ def make_draw(cfg: EvalConfig, number: int, num_prompts: int, source: Source | N
         return Draw(seed, captions(scenes), scenes.wanted(), render(scenes))
     assert source is not None, "without a judge, prompts come from a data source"
     first = number * num_prompts
-    return Draw(seed, list(source.batch(range(first, first + num_prompts)).captions))
+    positions = range(first, first + num_prompts)
+    return Draw(seed, [caption for position in positions for caption in source.batch([position]).captions])  # of any size: one by one
 
 
 def check_judge(cfg: EvalConfig, image_size: int) -> None:

@@ -1,6 +1,6 @@
 """A run: the stages of the plan one after the other, the adapter handed on from each to the next, then the report."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hyper_sd.config import RunConfig, StagePlan
-from hyper_sd.data import Source, build_source
+from hyper_sd.data import BadSamples, Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.engines import start_engine
@@ -17,7 +17,7 @@ from hyper_sd.evaluate import evaluate_run
 from hyper_sd.export import export_lora, fixed_inputs, lora_info
 from hyper_sd.files import replace_file
 from hyper_sd.loop import Feed, Job, fit
-from hyper_sd.lora_file import DTYPES, inspect_lora, read_lora
+from hyper_sd.lora_file import inspect_lora, read_lora
 from hyper_sd.measure import NUM_GRID, check_judge, make_draw
 from hyper_sd.objective import Context, Stage
 from hyper_sd.observe import Recorder
@@ -25,9 +25,9 @@ from hyper_sd.report import table
 from hyper_sd.report import write as write_report
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
-from hyper_sd.sample import Recipe, recipe_to_json, stage_recipe
+from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
 from hyper_sd.structured import build_target
-from hyper_sd.teachers import Teacher, TeacherFacts, inspect_teacher, load_pipeline, load_teacher
+from hyper_sd.teachers import Teacher, TeacherFacts, base_dtype, inspect_teacher, load_pipeline, load_teacher
 
 LORA = "lora.safetensors"
 
@@ -51,7 +51,8 @@ def train_plan(config: RunConfig, engine: Engine) -> "Run | None":
     stages = check_plan(config, facts)
     for name, plan in config.selected.items():
         check_work(engine, plan, stages[name])
-    source = build_source(config.data, seed=config.seed, image_size=facts.image_size)
+    source = build_source(config.data, seed=config.seed, image_size=facts.image_size, fingerprint=facts.fingerprint)
+    check_groups(config, source)
     folder = RunFolder(config)
     engine.barrier()  # every process has looked at the directory before one writes to it
     if engine.is_main:
@@ -97,6 +98,16 @@ def check_work(engine: Engine, plan: StagePlan, stage: Stage) -> None:
         )
 
 
+def check_groups(config: RunConfig, source: Source) -> None:
+    """Raise ValueError for a stage whose batches would not be the groups that the source's samples come in."""
+    for plan in config.selected.values():
+        if source.batch_size not in (None, plan.batch_size):
+            raise ValueError(
+                f"{plan.key}.batch_size={plan.batch_size}: samples of several sizes or sources come in groups of "
+                f"data.batch_size={source.batch_size}; all stages must have the same"
+            )
+
+
 @dataclass(frozen=True)
 class Run:
     """A checked plan with its engine, data and directory."""
@@ -120,7 +131,7 @@ class Run:
 
     @cached_property
     def teacher(self) -> Teacher:
-        return load_teacher(self.config.teacher, self.engine.device, base_dtype(self.config, self.engine.device))
+        return load_teacher(self.config.teacher, self.engine.device, base_dtype(self.config.teacher, self.engine.device))
 
     @cached_property
     def context(self) -> Context:
@@ -141,7 +152,10 @@ class Run:
     def train(self, stop: StopSignal) -> bool:
         """Returns False if a stop signal came before the last stage was finished."""
         handed = Path(self.config.init) if self.config.init is not None else None
-        feed = Feed(self.source, self.teacher, self.config.seed)
+        self.source.check(self.teacher)
+        bad = BadSamples(self.folder.path / "bad_samples.jsonl", self.config.data.max_bad_fraction)
+        bad.opened(self.source)
+        feed = Feed(self.source, self.teacher, self.config.seed, bad, self._own_samples, self.config.data.prefetch)
         draw = make_draw(self.config.eval, 0, NUM_GRID, self.source)
         recorder = Recorder(self.config, self.engine, self.folder, self.teacher, self.sampler, draw)
         first_step = first_position = 0
@@ -165,6 +179,11 @@ class Run:
         if self.engine.is_main:
             replace_file(self.folder.path / LORA, handed.read_bytes())
         return True
+
+    def _own_samples(self, prompts: Sequence[str], positions: Sequence[int]) -> torch.Tensor:
+        """The undistilled teacher's latents of the prompts: a function of (seed, positions)."""
+        with self.context.roles.use(()):
+            return own_samples(self.teacher, self.config.teacher, prompts, positions, self.config.data.teacher_steps, self.config.seed)
 
     def _start_from(self, handed: Path | None, stage: Stage) -> None:
         roles = self.context.roles
@@ -235,10 +254,3 @@ class Run:
             }
             report = write_report(self.folder.path, evaluation.to_json(), evaluation.grids(), facts)
             print(table(report), flush=True)
-
-
-def base_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """teacher.dtype; auto is bf16 where the device computes in it, else fp32."""
-    if config.teacher.dtype != "auto":
-        return DTYPES[config.teacher.dtype]
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32

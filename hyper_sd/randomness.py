@@ -38,6 +38,10 @@ class Purpose(IntEnum):
     R1_NOISE = 18
     ODE_ROWS = 19
     TSCD_TERM = 20
+    CAPTION = 40
+    REPLACEMENT = 41
+    BUCKET = 42
+    MIX = 43
 
 
 def _splitmix64(value: int) -> int:

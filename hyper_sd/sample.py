@@ -22,10 +22,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
 from hyper_sd.commands import SampleConfig
+from hyper_sd.config import TeacherConfig
 from hyper_sd.lora_file import inspect_lora
 from hyper_sd.lora_metadata import SAMPLER_KEY, SamplerRecipe, SamplerRow
 from hyper_sd.randomness import Purpose, generator, normal
-from hyper_sd.teachers import inspect_teacher, load_pipeline
+from hyper_sd.teachers import Teacher, inspect_teacher, load_pipeline
 
 SCHEDULERS = ("TCDScheduler", "DDIMScheduler", "LCMScheduler")
 
@@ -210,6 +211,13 @@ def _sample_batch(
         **grid,
     )
     return output.images.float().cpu()
+
+
+def own_samples(teacher: Teacher, cfg: TeacherConfig, prompts: Sequence[str], index: Sequence[int], num_steps: int, seed: int) -> Tensor:
+    """The teacher's own latents (len(prompts), C, H, W) in the middle of its range of guidance: x0 where there are no images."""
+    row = teacher_row(teacher.pipeline.scheduler.config, num_steps, (cfg.guidance.min + cfg.guidance.max) / 2)
+    with quiet():
+        return sample(teacher.pipeline, prompts, row, seed=seed, index=index, image_size=teacher.image_size).clone()
 
 
 @torch.inference_mode()

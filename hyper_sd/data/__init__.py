@@ -1,13 +1,29 @@
-"""Training data by kind. A new kind is a new file and one case in `build_source`."""
+"""Training data by kind. A new kind is a new file and one case in `_open`."""
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 from hyper_sd.config import DataConfig
+from hyper_sd.data.bad import BadSamples, check_opened
 from hyper_sd.data.base import Samples, Source
+from hyper_sd.data.prefetch import Prefetcher
+from hyper_sd.randomness import Purpose, fold
 
-__all__ = ["Samples", "Source", "build_source"]
+__all__ = ["BadSamples", "Prefetcher", "Samples", "Source", "build_source"]
 
 
-def build_source(cfg: DataConfig, *, seed: int, image_size: int) -> Source:
-    """The source that `data` describes, with images of image_size by image_size pixels; ValueError naming the key if there is none."""
+def build_source(cfg: DataConfig, *, seed: int, image_size: int, fingerprint: Mapping[str, str] | None = None) -> Source:
+    """The source that `data` describes, with images of image_size by image_size pixels.
+
+    Raises ValueError, naming the key, if there is none, if too much of it is bad, and for samples that were prepared for another
+    teacher than the one with this fingerprint.
+    """
+    source = _open(cfg, seed, image_size, fingerprint)
+    check_opened(source, cfg.max_bad_fraction)
+    return source
+
+
+def _open(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping[str, str] | None) -> Source:
     match cfg.kind:
         case "scenes":
             from hyper_sd.data.scenes_data import ScenesSource
@@ -18,16 +34,35 @@ def build_source(cfg: DataConfig, *, seed: int, image_size: int) -> Source:
         case "folder":
             from hyper_sd.data.folder import FolderSource
 
-            return FolderSource(_path(cfg), seed, image_size, cfg.num_workers)
+            return FolderSource(_path(cfg), seed, image_size, cfg.num_workers, cfg.caption_column)
         case "webdataset":
             from hyper_sd.data.webdataset import WebDatasetSource
 
-            return WebDatasetSource(_path(cfg), seed, image_size, cfg.num_workers)
+            return WebDatasetSource(_path(cfg), seed, image_size, cfg.num_workers, cfg.caption_column)
+        case "prompts":
+            from hyper_sd.data.prompts import PromptsSource
+
+            return PromptsSource(_path(cfg), seed, cfg.caption_column)
+        case "cache":
+            from hyper_sd.data.cache import CacheSource
+
+            return CacheSource(_path(cfg), seed, cfg.batch_size, cfg.num_workers, fingerprint)
+        case "hf":
+            raise ValueError("data=hf is not trained on as it is: scripts/prepare.py data=hf makes a cache of it, for data=cache")
+        case "mix":
+            from hyper_sd.data.mix import MixSource
+
+            if not cfg.sources:
+                raise ValueError("data.sources must be set for data=mix: a list of {kind: ..., path: ..., weight: ...}")
+            parts = [replace(cfg, kind=part.kind, path=part.path, caption_column=part.caption_column, sources=()) for part in cfg.sources]
+            opened = [_open(part, fold(seed, Purpose.MIX, number), image_size, fingerprint) for number, part in enumerate(parts)]
+            return MixSource(opened, [part.weight for part in cfg.sources], cfg.batch_size, seed)
 
 
 def _path(cfg: DataConfig) -> str:
     if not cfg.path:
         raise ValueError(
-            f"data.path must be set for data={cfg.kind}: a directory of images for folder, a pattern of .tar files for webdataset"
+            f"data.path must be set for data={cfg.kind}: a directory of images for folder, a pattern of .tar files for webdataset, "
+            "a file for prompts, what scripts/prepare.py wrote for cache"
         )
     return cfg.path

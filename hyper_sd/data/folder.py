@@ -1,72 +1,94 @@
 """A directory of images with captions."""
 
-import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from hyper_sd.data.base import EpochOrder, Samples, threaded_map
-from hyper_sd.data.images import IMAGE_SUFFIXES, read_image
+from hyper_sd.data import captions
+from hyper_sd.data.base import BadSample, BadSampleError, Rows, Samples, SourceDefaults, pick_caption
+from hyper_sd.data.images import IMAGE_SUFFIXES, Placed, decode, place
+from hyper_sd.data.order import EpochOrder
+from hyper_sd.data.tables import TABLES, rows
 
-METADATA = "metadata.jsonl"
+METADATA = "metadata"
 
 
-class FolderSource:
-    """Images (jpg, jpeg, png, webp) in a directory and below it, each with its caption.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An image file and its captions."""
 
-    Captions are in `metadata.jsonl` at the top, one {"file_name": ..., "text": ...} a line, or, where there is no such file,
-    beside every image in a .txt file of the same name. Raises ValueError, naming data.path, for a missing directory, an empty
-    one, and images without a caption.
-    """
+    file: Path
+    captions: tuple[str, ...]
 
-    def __init__(self, path: str, seed: int, image_size: int, num_workers: int = 0):
-        root = Path(path)
-        if not root.is_dir():
-            raise ValueError(f"data.path={path} is not a directory")
-        metadata = root / METADATA
-        self._files = list(_listed(root) if metadata.is_file() else _beside(root))
-        if not self._files:
-            raise ValueError(f"data.path={path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        self.num_samples = len(self._files)
-        self._image_size = image_size
-        self._order = EpochOrder(self.num_samples, seed)
-        self._map = threaded_map(num_workers)
+
+class FolderSource(SourceDefaults):
+    """Images (jpg, jpeg, png, webp) in a directory and below it, each with its caption, at one square size."""
+
+    def __init__(self, path: str, seed: int, image_size: int, num_workers: int = 0, caption_column: str = "text"):
+        found = list(entries(path, caption_column))
+        self._entries = [entry for entry in found if isinstance(entry, Entry)]
+        self.bad = [entry for entry in found if isinstance(entry, BadSample)]
+        if not self._entries:
+            raise ValueError(f"data.path={path}: no image has a caption (first: {self.bad[0]})")
+        self.num_samples = len(self._entries)
+        self._seed, self._image_size = seed, image_size
+        self._rows = Rows(EpochOrder(self.num_samples, seed), num_workers)
 
     def batch(self, positions: Sequence[int]) -> Samples:
-        files, captions = zip(*(self._files[self._order.index(position)] for position in positions), strict=True)
-        return Samples(list(captions), images=torch.stack(list(self._map(self._read, files))))
+        read, bad = self._rows.read(self._read, positions)
+        sizes = torch.tensor([placed.sizes for _, placed in read], dtype=torch.float32)
+        return Samples([caption for caption, _ in read], torch.stack([placed.tensor() for _, placed in read]), sizes=sizes, bad=bad)
 
-    def _read(self, file: Path) -> Tensor:
-        return read_image(file, str(file), self._image_size)
+    def _read(self, index: int, position: int) -> tuple[str, Placed]:
+        entry = self._entries[index]
+        placed = place(decode(entry.file, str(entry.file)), self._image_size, self._image_size)
+        return entry.captions[pick_caption(entry.captions, self._seed, position)], placed
 
 
-def _beside(root: Path) -> list[tuple[Path, str]]:
-    """Images with the caption files beside them, sorted by path."""
+def entries(path: str, caption_column: str = "text") -> Iterator[Entry | BadSample]:
+    """The images of a directory with their captions, or what is wrong with them.
+
+    Captions are in metadata.jsonl, .csv or .parquet at the top (columns `file_name` and `caption_column`), or, where there is none,
+    beside every image in a .txt or .json file of the same name. Raises ValueError, naming data.path, for a directory that is
+    missing or holds no image.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"data.path={path} is not a directory")
+    tables = [file for suffix in TABLES if (file := root / f"{METADATA}{suffix}").is_file()]
+    if tables:
+        return _listed(root, tables[0], caption_column)
     files = sorted(f for f in root.rglob("*") if f.suffix.lower().removeprefix(".") in IMAGE_SUFFIXES and f.is_file())
-    missing = [str(f.relative_to(root)) for f in files if not f.with_suffix(".txt").is_file()]
-    if missing:
-        raise ValueError(
-            f"data.path={root}: {len(missing)} of {len(files)} images have no caption (first: {missing[0]}); "
-            f"put a .txt file of the same name beside each, or write {METADATA}"
-        )
-    return [(f, f.with_suffix(".txt").read_text(encoding="utf-8").strip()) for f in files]
+    if not files:
+        raise ValueError(f"data.path={path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    return (_beside(file, caption_column) for file in files)
 
 
-def _listed(root: Path) -> Iterator[tuple[Path, str]]:
-    """Images and captions in the order of metadata.jsonl."""
-    for number, line in enumerate((root / METADATA).read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
+def _beside(file: Path, column: str) -> Entry | BadSample:
+    text, table = file.with_suffix(".txt"), file.with_suffix(".json")
+    try:
+        if text.is_file():
+            return Entry(file, captions.from_text(text.read_bytes(), str(file)))
+        if table.is_file():
+            return Entry(file, captions.from_json(table.read_bytes(), str(file), column))
+        return BadSample(str(file), captions.NO_CAPTION, "put a .txt or .json of the same name beside it, or write metadata.jsonl")
+    except BadSampleError as error:
+        return error.sample
+
+
+def _listed(root: Path, table: Path, column: str) -> Iterator[Entry | BadSample]:
+    for number, row in enumerate(rows(table), start=1):
+        if isinstance(row, BadSample):
+            yield row
             continue
-        where = f"data.path={root}: {METADATA} line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not isinstance(row.get("text"), str):
-            raise ValueError(f'{where} must be {{"file_name": "...", "text": "..."}}: got {line[:200]}')
-        file = root / row["file_name"]
+        name, where = row.get("file_name"), f"{table} row {number}"
+        file = root / name if isinstance(name, str) else root
         if not file.resolve().is_relative_to(root.resolve()) or not file.is_file():
-            raise ValueError(f"{where}: there is no file {row['file_name']} in this directory")
-        yield file, row["text"]
+            yield BadSample(where, "no such file", f"file_name {name!r} in this directory")
+            continue
+        try:
+            yield Entry(file, captions.from_value(row.get(column), where))
+        except BadSampleError as error:
+            yield error.sample

@@ -1,5 +1,7 @@
-"""Reading image files as tensors."""
+"""Reading image files, and placing them in a size with what SDXL is told about it."""
 
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -8,24 +10,61 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hyper_sd.data.base import BadSampleError
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_PIXELS = 89_478_485  # Pillow's own limit; a small file can hold a picture that fills the memory
 _FORMATS = ("JPEG", "PNG", "WEBP")
 
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such an image is refused and listed here
 
-def read_image(file: Path | BinaryIO, name: str, image_size: int) -> Tensor:
-    """An image file as float32 (3, image_size, image_size) in [0, 1].
 
-    It is turned upright by its EXIF orientation, converted to RGB, resized so that the shorter side fits, and cropped at the
-    centre. Raises ValueError naming data.path and the file `name` if it cannot be decoded.
+@dataclass(frozen=True)
+class Placed:
+    """An image (height, width, 3), uint8, cut to a size.
+
+    sizes: original height and width, top and left of the crop in the resized image, height and width; SDXL's time ids.
+    """
+
+    pixels: np.ndarray
+    sizes: tuple[int, int, int, int, int, int]
+
+    def tensor(self) -> Tensor:
+        """Float32 (3, height, width) in [0, 1]."""
+        return torch.from_numpy(self.pixels.astype(np.float32) / 255).permute(2, 0, 1)
+
+
+def decode(file: Path | BinaryIO, name: str) -> Image.Image:
+    """The image upright by its EXIF orientation, in 8-bit RGB: of an animation the first frame, of transparency what is on white.
+
+    Raises BadSampleError if it is none, is cut, or has more than MAX_PIXELS, which are counted before any is decoded.
     """
     try:
         with Image.open(file, formats=_FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"data.path: the image {name} cannot be read: {error}") from error
-    scale = image_size / min(image.size)
-    width, height = (max(image_size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - image_size) // 2, (height - image_size) // 2
-    pixels = np.asarray(image.crop((left, top, left + image_size, top + image_size)), dtype=np.float32)
-    return torch.from_numpy(pixels / 255).permute(2, 0, 1)
+            if opened.width * opened.height > MAX_PIXELS:
+                raise BadSampleError(name, "too many pixels", f"{opened.width} x {opened.height}")
+            return _rgb(ImageOps.exif_transpose(opened))
+    except Image.DecompressionBombError as error:
+        raise BadSampleError(name, "too many pixels", error) from error
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError) as error:
+        if isinstance(error, BadSampleError):
+            raise
+        raise BadSampleError(name, "unreadable image", error) from error
+
+
+def place(image: Image.Image, height: int, width: int) -> Placed:
+    """Resized until it covers the size, then cropped at the centre."""
+    scale = max(height / image.height, width / image.width)
+    resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+    left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
+    cut = image.resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
+    return Placed(np.asarray(cut), (image.height, image.width, top, left, height, width))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would cut off what is above 255
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

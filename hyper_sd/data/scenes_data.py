@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from torch.nn import functional
 
-from hyper_sd.data.base import Samples
+from hyper_sd.data.base import Samples, SourceDefaults
 from hyper_sd.data.scenes import IMAGE_SIZE, captions, render, sample_scenes
 from hyper_sd.randomness import Purpose, fold
 
 
-class ScenesSource:
+class ScenesSource(SourceDefaults):
     """Position p is scene p of the run's own stream; scenes are enlarged or shrunk to the teacher's image size."""
 
     num_samples: int | None = None

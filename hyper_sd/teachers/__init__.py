@@ -6,7 +6,7 @@ from diffusers import DiffusionPipeline
 from hyper_sd.config import TeacherConfig
 from hyper_sd.teachers.base import Teacher, TeacherFacts, load_stock_pipeline, read_facts
 
-__all__ = ["Teacher", "TeacherFacts", "inspect_teacher", "load_pipeline", "load_teacher"]
+__all__ = ["Teacher", "TeacherFacts", "base_dtype", "inspect_teacher", "load_pipeline", "load_teacher"]
 
 
 def inspect_teacher(cfg: TeacherConfig) -> TeacherFacts:
@@ -26,6 +26,13 @@ def load_pipeline(cfg: TeacherConfig, dtype: torch.dtype = torch.float32) -> Dif
     family = _family(cfg)
     read_facts(cfg, family)
     return load_stock_pipeline(cfg, family, {"default": dtype})
+
+
+def base_dtype(cfg: TeacherConfig, device: torch.device) -> torch.dtype:
+    """teacher.dtype; auto is bf16 where the device computes in it, else fp32."""
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
 
 
 def _family(cfg: TeacherConfig) -> type[Teacher]:

@@ -77,6 +77,10 @@ class Teacher(ABC):
     def uncond(self, batch: int) -> Cond:
         """`batch` times what guidance moves away from: the stock pipeline's condition where no negative prompt is given."""
 
+    def with_sizes(self, cond: Cond, sizes: Tensor) -> Cond:
+        """The condition for images of these sizes (B, 6); a family that is not told of sizes keeps it as it is."""
+        return cond
+
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
         """Scaled float32 latents (B, C, h, w), the mean of the posterior, of images (B, 3, H, W) in [0, 1]."""

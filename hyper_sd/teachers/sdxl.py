@@ -12,8 +12,8 @@ from hyper_sd.teachers.base import Teacher
 class SdxlTeacher(Teacher):
     """cond = (text embeddings (B, L, D), pooled embedding (B, P), time ids (B, 6)).
 
-    The time ids are those of the stock pipeline at the teacher's own size: original size, crop corner and target size, each
-    (height, width).
+    The time ids are original size, crop corner and target size, each (height, width): those of the samples where data have them,
+    else those of the stock pipeline at the teacher's own size.
     """
 
     pipeline_class = "StableDiffusionXLPipeline"
@@ -33,6 +33,10 @@ class SdxlTeacher(Teacher):
     def uncond(self, batch: int) -> Cond:
         text, pooled = self._negative
         return text.expand(batch, -1, -1), pooled.expand(batch, -1), self._time_ids.expand(batch, -1)
+
+    def with_sizes(self, cond: Cond, sizes: Tensor) -> Cond:
+        text, pooled, _ = cond
+        return text, pooled, sizes.to(self.device, torch.float32)
 
     @cached_property
     def _negative(self) -> tuple[Tensor, Tensor]:

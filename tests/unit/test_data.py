@@ -16,7 +16,7 @@ from hyper_sd.config import DataConfig
 from hyper_sd.data import Samples, Source, build_source
 from hyper_sd.data.scenes import captions, render, sample_scenes
 
-Kind = Literal["scenes", "folder", "webdataset"]
+Kind = Literal["scenes", "folder", "webdataset", "hf", "prompts"]
 
 
 def source(kind: Kind, path: Path | str | None = None, *, seed: int = 0, image_size: int = 32, num_workers: int = 0) -> Source:
@@ -210,7 +210,7 @@ def test_folder_names_what_is_wrong_with_it(tmp_path: Path):
         source("folder", tmp_path)
     image_folder(tmp_path, 3)
     (tmp_path / "001.txt").unlink()
-    with pytest.raises(ValueError, match=r"data.path=.*1 of 3 images have no caption \(first: 001.png\)"):
+    with pytest.raises(ValueError, match=r"data.path: .*001.png: no caption .*1 of 3 samples are bad.*data.max_bad_fraction"):
         source("folder", tmp_path)
 
 
@@ -229,7 +229,7 @@ def test_folder_names_the_wrong_line_of_metadata_jsonl(line: str, tmp_path: Path
     folder = image_folder(tmp_path / "data", 1)
     picture().save(tmp_path / "outside.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "text": "a"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"data.path=.*metadata.jsonl line 2"):
+    with pytest.raises(ValueError, match=r"data.path: .*metadata.jsonl (line|row) 2: .*1 of 2 samples"):
         source("folder", folder)
 
 
@@ -239,10 +239,10 @@ def test_an_image_that_cannot_be_decoded_is_named(damage: str, tmp_path: Path):
     data = {"cut": whole[: len(whole) // 2], "not an image": b"hello", "another format": encoded(picture(), "bmp")}[damage]
     (tmp_path / "a.png").write_bytes(data)
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(ValueError, match=r"data.path: the image .*a.png"):
+    with pytest.raises(ValueError, match=r"data.path: .*a.png: unreadable image"):
         source("folder", tmp_path).batch([0])
     shard = write_tar(tmp_path / "a.tar", {"a.png": data, "a.txt": b"a"})
-    with pytest.raises(ValueError, match=r"data.path: the image sample a of .*a.tar"):
+    with pytest.raises(ValueError, match=r"data.path: sample a of .*a.tar: unreadable image"):
         source("webdataset", shard).batch([0])
 
 
@@ -264,6 +264,30 @@ def test_webdataset_keeps_samples_of_one_name_in_two_folders_and_shards_apart(tm
     second = write_tar(tmp_path / "b.tar", {"x/0.txt": b"bx", "x/0.png": encoded(picture())})
     data = source("webdataset", f"{first}::{second}")
     assert Counter(data.batch(range(3)).captions) == Counter(["ax", "ay", "bx"])
+
+
+def test_webdataset_uses_the_first_of_two_members_of_one_name_and_lists_the_second(tmp_path: Path):
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as archive:
+        for name, data in (("a.png", encoded(picture())), ("a.txt", b"first"), ("a.txt", b"second")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    cfg = DataConfig(kind="webdataset", path=str(shard), batch_size=1, max_bad_fraction=0.5)
+    data = build_source(cfg, seed=0, image_size=16)
+    assert data.batch([0]).captions == ["first"]
+    assert [sample.reason for sample in data.bad] == ["duplicate key"]
+
+
+def test_webdataset_uses_the_whole_samples_of_a_torn_shard(tmp_path: Path):
+    shard = image_shard(tmp_path / "a.tar", range(5))  # five images, then five captions
+    with tarfile.open(shard) as archive:
+        last = archive.getmembers()[-2]
+    shard.write_bytes(shard.read_bytes()[: last.offset_data])
+    cfg = DataConfig(kind="webdataset", path=str(shard), batch_size=1, max_bad_fraction=0.6)
+    data = build_source(cfg, seed=0, image_size=16)
+    assert sorted(number_of(data.batch(range(3)))) == [0, 1, 2]
+    assert [sample.reason for sample in data.bad] == ["torn shard", "no caption", "no caption"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -293,17 +317,15 @@ def test_webdataset_latents_without_conditions_need_captions(tmp_path: Path):
     latent = safetensors.torch.save({"latent": torch.zeros(4, 8, 8)})
     samples = source("webdataset", write_tar(tmp_path / "a.tar", {"0.latent.safetensors": latent, "0.txt": b"a"})).batch([0])
     assert samples.captions == ["a"] and samples.conds is None
-    with pytest.raises(ValueError, match=r"data.path: sample 0 of .*b.tar has neither a caption nor a prepared condition"):
+    with pytest.raises(ValueError, match=r"data.path: sample 0 of .*b.tar: no caption \(and no prepared condition\)"):
         source("webdataset", write_tar(tmp_path / "b.tar", {"0.latent.safetensors": latent})).batch([0])
 
 
-@pytest.mark.parametrize(
-    "url", ["pipe:touch {marker}", "http://host/a.tar", "s3://bucket/a.tar", "file:/a.tar", "{shard}::pipe:touch {marker}"]
-)
-def test_webdataset_refuses_addresses_that_are_not_local_files(url: str, tmp_path: Path):
+@pytest.mark.parametrize("url", ["pipe:touch {marker}", "ftp://host/a.tar", "file:/a.tar", "http:a.tar", "{shard}::pipe:touch {marker}"])
+def test_webdataset_refuses_addresses_of_other_schemes(url: str, tmp_path: Path):
     marker = tmp_path / "ran"
     shard = image_shard(tmp_path / "a.tar", range(1))
-    with pytest.raises(ValueError, match=r"data.path=.* is not a local file"):
+    with pytest.raises(ValueError, match=r"data.path=.*: is not read; give a path with no scheme, or one of http, https, s3"):
         source("webdataset", url.format(marker=marker, shard=shard))
     assert not marker.exists()
 
@@ -351,7 +373,7 @@ def test_webdataset_never_unpickles_an_array(tmp_path: Path):
     assert marker.exists(), "the array is a trap"
     marker.unlink()
     shard = write_tar(tmp_path / "a.tar", {"a.latent.npy": data, "a.txt": b"a"})
-    with pytest.raises(ValueError, match=r"data.path: the latent of sample a"):
+    with pytest.raises(ValueError, match=r"data.path: sample a of .*: unreadable latent"):
         source("webdataset", shard).batch([0])
     assert not marker.exists()
 
@@ -361,9 +383,9 @@ def test_webdataset_never_unpickles_an_array(tmp_path: Path):
     [
         ({}, "holds no sample"),
         ({"readme.md": b"x"}, "holds no sample"),
-        ({"a.txt": b"a"}, "sample a of .* has no image and no latent"),
-        ({"a.png": encoded(picture())}, "sample a of .* has no caption"),
-        ({"a.latent.npy": npy(np.zeros((4, 8, 8), np.float32))}, "sample a of .* has no caption"),
+        ({"a.txt": b"a"}, "sample a of .*: no image"),
+        ({"a.png": encoded(picture())}, "sample a of .*: no caption"),
+        ({"a.latent.npy": npy(np.zeros((4, 8, 8), np.float32))}, "sample a of .*: no caption"),
         ({"a.png": encoded(picture()), "a.txt": b"", "b.latent.npy": npy(np.zeros((4, 8, 8))), "b.txt": b""}, "use one kind"),
     ],
 )
@@ -375,15 +397,17 @@ def test_webdataset_names_what_is_missing(members: dict[str, bytes], message: st
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"a.latent.npy": npy(np.zeros((4, 8), np.float32)), "a.txt": b""}, r"float `latent` \(C, h, w\)"),
-        ({"a.latent.npy": npy(np.zeros((4, 8, 8), np.int64)), "a.txt": b""}, r"float `latent` \(C, h, w\)"),
-        ({"a.latent.npy": npy(np.zeros((4, 8, 8)))[:200], "a.txt": b""}, "latent of sample a"),
-        ({"a.latent.safetensors": b"\x00" * 20, "a.txt": b""}, "latent of sample a"),
-        ({"a.latent.safetensors": safetensors.torch.save({"other": torch.zeros(1)}), "a.txt": b""}, "sample a"),
-        ({"a.png": encoded(picture()), "a.json": b'{"caption": "a"}'}, "caption of sample a"),
-        ({"a.png": encoded(picture()), "a.json": b'{"text": 3}'}, "caption of sample a"),
-        ({"a.png": encoded(picture()), "a.json": b"{"}, "caption of sample a"),
-        ({"a.png": encoded(picture()), "a.txt": b"\xff"}, "caption of sample a"),
+        ({"a.latent.npy": npy(np.zeros((4, 8), np.float32)), "a.txt": b"a"}, r"float `latent` \(C, h, w\)"),
+        ({"a.latent.npy": npy(np.zeros((4, 8, 8), np.int64)), "a.txt": b"a"}, r"float `latent` \(C, h, w\)"),
+        ({"a.latent.npy": npy(np.zeros((4, 8, 8)))[:200], "a.txt": b"a"}, "sample a of .*: unreadable latent"),
+        ({"a.latent.safetensors": b"\x00" * 20, "a.txt": b"a"}, "sample a of .*: unreadable latent"),
+        ({"a.latent.safetensors": safetensors.torch.save({"other": torch.zeros(1)}), "a.txt": b"a"}, "sample a"),
+        ({"a.png": encoded(picture()), "a.json": b'{"caption": "a"}'}, "sample a of .*: no caption"),
+        ({"a.png": encoded(picture()), "a.json": b'{"text": 3}'}, "sample a of .*: caption is not text"),
+        ({"a.png": encoded(picture()), "a.json": b"{"}, "sample a of .*: caption is not json"),
+        ({"a.png": encoded(picture()), "a.txt": b"\xff"}, "sample a of .*: caption is not UTF-8"),
+        ({"a.png": encoded(picture()), "a.txt": b" "}, "sample a of .*: empty caption"),
+        ({"a.latent.npy": npy(np.full((4, 8, 8), np.nan)), "a.txt": b"a"}, "sample a of .*: not finite"),
     ],
 )
 def test_webdataset_names_the_sample_that_cannot_be_read(members: dict[str, bytes], message: str, tmp_path: Path):
@@ -393,14 +417,14 @@ def test_webdataset_names_the_sample_that_cannot_be_read(members: dict[str, byte
 
 
 def test_webdataset_refuses_latents_of_two_sizes_in_a_batch(tmp_path: Path):
-    members = {f"{n}.latent.npy": npy(np.zeros((4, 8, 8 + n))) for n in range(2)} | {f"{n}.txt": b"" for n in range(2)}
+    members = {f"{n}.latent.npy": npy(np.zeros((4, 8, 8 + n))) for n in range(2)} | {f"{n}.txt": b"a" for n in range(2)}
     with pytest.raises(ValueError, match=r"data.path: .*one size"):
         source("webdataset", write_tar(tmp_path / "a.tar", members)).batch([0, 1])
 
 
 def test_webdataset_refuses_conditions_on_some_samples_only(tmp_path: Path):
     rows = [{"latent": torch.zeros(4, 8, 8)}, {"latent": torch.zeros(4, 8, 8), "cond.0": torch.zeros(2)}]
-    members = {f"{n}.latent.safetensors": safetensors.torch.save(row) for n, row in enumerate(rows)} | {f"{n}.txt": b"" for n in range(2)}
+    members = {f"{n}.latent.safetensors": safetensors.torch.save(row) for n, row in enumerate(rows)} | {f"{n}.txt": b"a" for n in range(2)}
     with pytest.raises(ValueError, match=r"data.path: .*prepare all alike"):
         source("webdataset", write_tar(tmp_path / "a.tar", members)).batch([0, 1])
 
@@ -426,7 +450,7 @@ def test_webdataset_refuses_a_broken_shard(damage: str, tmp_path: Path):
         "empty": b"",
     }
     shard.write_bytes(damaged[damage])
-    with pytest.raises(ValueError, match=r"data.path: .*a.tar is not a whole, uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"data.path.*a.tar: torn shard \(not a whole, uncompressed tar file"):
         source("webdataset", shard)
 
 

@@ -1,0 +1,68 @@
+"""Bad samples of a run: counted, listed in a file, and the end of it where there are too many."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hyper_sd.data.base import BadSample, Samples, Source
+
+FEWEST = 100  # reads that the share is taken of at least: one bad sample among the first ten is no verdict
+
+
+def check_opened(source: Source, max_fraction: float) -> None:
+    """Raise ValueError if more than this share of the samples was left out when the source was opened."""
+    num_bad = len(source.bad)
+    total = num_bad + (source.num_samples or 0)
+    if num_bad > max_fraction * total:
+        raise ValueError(
+            f"{source.bad[0]}; {num_bad} of {total} samples are bad, more than data.max_bad_fraction={max_fraction:g} allows; mend or "
+            "remove them, or raise it"
+        )
+
+
+class BadSamples:
+    """Keeps the list of one process; all processes of a run append to the same file, one json object a line."""
+
+    def __init__(self, file: Path, max_fraction: float):
+        self._file, self._max_fraction = file, max_fraction
+        self._listed: set[str] = set()
+        self._num_read = self._num_bad = self._num_new = 0
+
+    def opened(self, source: Source) -> None:
+        """List what was left out when the source was opened, and know what earlier processes of this run have listed."""
+        if self._file.is_file():
+            self._listed = {name for line in self._file.read_text().splitlines() if (name := _name(line)) is not None}
+        self._list(source.bad)
+
+    def add(self, samples: Samples) -> None:
+        """Raises ValueError if too many of what was read so far was bad."""
+        self._num_read += len(samples.captions)
+        self._num_bad += len(samples.bad)
+        self._num_new += len(samples.bad)
+        self._list(samples.bad)
+        if self._num_bad > self._max_fraction * max(self._num_read, FEWEST):
+            raise ValueError(
+                f"{samples.bad[0]}; {self._num_bad} of {self._num_read} samples read were bad, more than "
+                f"data.max_bad_fraction={self._max_fraction:g} allows; all are listed in {self._file}"
+            )
+
+    def take(self) -> int:
+        """The number of bad samples since the last call."""
+        taken, self._num_new = self._num_new, 0
+        return taken
+
+    def _list(self, samples: Sequence[BadSample]) -> None:
+        new = {sample.name: sample for sample in samples if sample.name not in self._listed}
+        if new:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a") as file:
+                file.write("".join(json.dumps(asdict(sample)) + "\n" for sample in new.values()))
+            self._listed.update(new)
+
+
+def _name(line: str) -> str | None:
+    try:
+        return str(json.loads(line)["name"])
+    except (ValueError, KeyError, TypeError):
+        return None  # half a line: the process was killed while it wrote
