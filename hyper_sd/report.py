@@ -86,7 +86,7 @@ def to_image(image: Tensor) -> Image.Image:
 def table(report: Mapping[str, Any]) -> str:
     """The results as text, a line a row; what was not measured is left out."""
     metrics = _measured(report)
-    lines = [["", *(name.replace("_", " ") for name in metrics)]]
+    lines = [["", *(name.replace("_", " ") if name in _METRICS else name for name in metrics)]]
     lines += [[label, *(_figure(row, name) for name in metrics)] for label, row in _lines(report)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

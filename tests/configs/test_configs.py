@@ -71,12 +71,10 @@ def test_every_group_option_builds(group: str, option: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "kind"), [("reward", RewardConfig), ("features", FeaturesConfig)])
-def test_rewards_and_features_have_all_their_keys_and_pin_what_they_name(group: str, kind: type[RewardConfig | FeaturesConfig]) -> None:
+def test_rewards_and_features_build_and_pin_what_they_name(group: str, kind: type[RewardConfig | FeaturesConfig]) -> None:
     files = sorted((config_dir() / group).glob("*.yaml"))
     for file in files:
-        node = OmegaConf.to_container(OmegaConf.load(file))
-        config = structured(kind, node)
-        assert isinstance(node, dict) and node.keys() == {field.name for field in dataclasses.fields(kind)}, file
+        config = structured(kind, OmegaConf.to_container(OmegaConf.load(file)))
         for source in (config, getattr(config, "base", None)):
             assert source is None or source.path is None or len(source.revision or "") == 40 or source.sha256, file
     if group == "reward":
