@@ -158,6 +158,7 @@ def measure(bench: Bench, engine: Engine, options: Options) -> tuple[list[float]
         first = index * passes.cycle(bench.objectives)
         batches = [bench.batch(first + step) for step in range(passes.cycle(bench.objectives))]
         step_s.append(timed(engine.device, partial(training_cycle, bench, engine, first, batches)))
+        roles.trainable(tuple(name for objective in bench.objectives for name in objective.trains))  # a turn leaves only its own
         bare_s.append(timed(engine.device, bare))
         for objective in bench.objectives:
             for param in roles.params(objective.trains):

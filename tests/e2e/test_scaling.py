@@ -14,7 +14,7 @@ def test_bytes_of_sd15_at_rank_64() -> None:
 
 
 def test_efficiency_falls_with_slower_networks_and_more_gpus() -> None:
-    options = Options(teacher="sd15_random", stage="tscd", batch_size=2)
+    options = Options(teacher="sd15_random", stage="tscd", batch_size=2, latency_us=0)
     traffic = count(options)
     share = {
         (network, gpus): predict(options, traffic, 0.1, network, gpus)
