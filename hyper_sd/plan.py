@@ -154,7 +154,8 @@ class Run:
         handed = Path(self.config.init) if self.config.init is not None else None
         self.source.check(self.teacher)
         bad = BadSamples(self.folder.path / "bad_samples.jsonl", self.config.data.max_bad_fraction)
-        bad.opened(self.source)
+        if self.engine.is_main:
+            bad.opened(self.source)
         feed = Feed(self.source, self.teacher, self.config.seed, bad, self._own_samples, self.config.data.prefetch)
         draw = make_draw(self.config.eval, 0, NUM_GRID, self.source)
         recorder = Recorder(self.config, self.engine, self.folder, self.teacher, self.sampler, draw)

@@ -26,13 +26,12 @@ class BadSamples:
 
     def __init__(self, file: Path, max_fraction: float):
         self._file, self._max_fraction = file, max_fraction
-        self._listed: set[str] = set()
+        earlier = file.read_text().splitlines() if file.is_file() else []
+        self._listed = {name for line in earlier if (name := _name(line)) is not None}
         self._num_read = self._num_bad = self._num_new = 0
 
     def opened(self, source: Source) -> None:
-        """List what was left out when the source was opened, and know what earlier processes of this run have listed."""
-        if self._file.is_file():
-            self._listed = {name for line in self._file.read_text().splitlines() if (name := _name(line)) is not None}
+        """List what was left out when the source was opened, which is the same in all processes: for the main one."""
         self._list(source.bad)
 
     def add(self, samples: Samples) -> None:

@@ -129,9 +129,10 @@ class Preparer:
     sizes: list[Size]
     stop: StopSignal
     shows: bool
-    num_read: int = 0
-    num_bad: int = 0
-    _kept: int = field(default=0, init=False)
+    _num_read: int = field(default=0, init=False)
+    _num_bad: int = field(default=0, init=False)
+    _num_kept: int = field(default=0, init=False)
+    _captions: set[int] = field(default_factory=set, init=False)  # of what is kept of the unit
 
     def run(self, parts: list[Unit], own: range) -> bool:
         """False if a stop signal came first; what is finished is kept."""
@@ -148,14 +149,14 @@ class Preparer:
 
     def _unit(self, number: int, unit: Unit, bar: Any) -> bool:
         earlier = finished(Path(self.cfg.out), number)
-        seen = {int(value) for part in earlier for value in part.index(Path(self.cfg.out))["caption"]}
+        self._captions = {int(value) for part in earlier for value in part.index(Path(self.cfg.out))["caption"]}
         start = sum(part.read for part in earlier)
         bar.update(start)
         if earlier and earlier[-1].last:
             return True
         entries = iter(unit.entries(start))
         for count in itertools.count(len(earlier)):
-            read = self._part(PartName(number, count), entries, start, seen, bar)
+            read = self._part(PartName(number, count), entries, start, bar)
             if read is None:
                 return False
             start += read
@@ -163,7 +164,7 @@ class Preparer:
                 return True
         raise AssertionError("a unit has an end")
 
-    def _part(self, name: PartName, entries: Iterator[Any], start: int, seen: set[int], bar: Any) -> int | None:
+    def _part(self, name: PartName, entries: Iterator[Any], start: int, bar: Any) -> int | None:
         """The number of entries that went into a part; None if a stop signal came, and then there is no part."""
         taken = itertools.islice(enumerate(entries, start), self.cfg.shard_size)
         waiting: dict[Size, list[Candidate]] = {}
@@ -177,9 +178,6 @@ class Preparer:
                 if isinstance(found, BadSample):
                     writer.dropped.append(found)
                     continue
-                if self._is_duplicate(found, seen):
-                    writer.dropped.append(BadSample(found.name, "filter: unique_captions"))
-                    continue
                 group = waiting.setdefault(found.size, [])
                 group.append(found)
                 if len(group) == self.cfg.encode_batch:
@@ -187,23 +185,15 @@ class Preparer:
             for size in sorted(waiting):
                 self._write(writer, name, waiting[size])
             writer.close(read, last=read < self.cfg.shard_size)
-        self._kept += len(writer.rows)
-        bar.set_postfix(kept=self._kept, refresh=False)
+        self._num_kept += len(writer.rows)
+        bar.set_postfix(kept=self._num_kept, refresh=False)
         self._check_bad(read, writer.dropped)
         return read
-
-    def _is_duplicate(self, found: Candidate, seen: set[int]) -> bool:
-        if not self.cfg.filters.unique_captions:
-            return False
-        value = caption_hash(found.captions)
-        known = value in seen
-        seen.add(value)
-        return known
 
     @torch.no_grad()
     def _write(self, writer: PartWriter, name: PartName, group: list[Candidate]) -> None:
         """Score, encode and write candidates of one size."""
-        group = self._good(writer, group)
+        group = self._unique(writer, self._good(writer, group))
         if not group:
             return
         latents, dtype = self._latents(name, group), DTYPES[self.cfg.dtype]
@@ -213,6 +203,7 @@ class Preparer:
             tensors = {key: value.to("cpu", dtype, copy=True).contiguous() for key, value in tensors.items()}
             if not all(bool(value.isfinite().all()) for value in tensors.values()):
                 writer.dropped.append(BadSample(candidate.name, "not finite", "the encoded sample"))
+                self._captions.discard(caption_hash(candidate.captions))
                 continue
             height, width = candidate.size
             sizes = candidate.placed.sizes if candidate.placed is not None else (height, width, 0, 0, height, width)
@@ -227,6 +218,20 @@ class Preparer:
             if not score >= least:
                 writer.dropped.append(BadSample(candidate.name, "filter: min_aesthetic", f"{score:.4g}"))
         return [candidate for candidate, score in zip(group, scores, strict=True) if score >= least]
+
+    def _unique(self, writer: PartWriter, group: list[Candidate]) -> list[Candidate]:
+        """Captions of other units are compared at the end."""
+        if not self.cfg.filters.unique_captions:
+            return group
+        kept: list[Candidate] = []
+        for candidate in group:
+            caption = caption_hash(candidate.captions)
+            if caption in self._captions:
+                writer.dropped.append(BadSample(candidate.name, "filter: unique_captions"))
+            else:
+                self._captions.add(caption)
+                kept.append(candidate)
+        return kept
 
     def _latents(self, name: PartName, group: list[Candidate]) -> Tensor:
         if group[0].placed is not None:
@@ -245,11 +250,11 @@ class Preparer:
 
     def _check_bad(self, read: int, dropped: list[BadSample]) -> None:
         bad = [sample for sample in dropped if not is_rejection(sample.reason)]
-        self.num_read, self.num_bad = self.num_read + read, self.num_bad + len(bad)
+        self._num_read, self._num_bad = self._num_read + read, self._num_bad + len(bad)
         limit = self.cfg.data.max_bad_fraction
-        if bad and self.num_bad > limit * max(self.num_read, FEWEST):
+        if bad and self._num_bad > limit * max(self._num_read, FEWEST):
             raise ValueError(
-                f"{bad[0]}; {self.num_bad} of {self.num_read} samples are bad, more than data.max_bad_fraction={limit:g} allows; what is "
+                f"{bad[0]}; {self._num_bad} of {self._num_read} samples are bad, more than data.max_bad_fraction={limit:g} allows; what is "
                 f"wrong is listed in {self.cfg.out}; the same command with a larger one goes on"
             )
 

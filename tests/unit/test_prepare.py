@@ -15,13 +15,15 @@ from PIL import Image
 from hyper_sd.cli import compose, literal
 from hyper_sd.commands import PrepareConfig
 from hyper_sd.config import DataConfig
-from hyper_sd.data import build_source
+from hyper_sd.data import BadSamples, build_source
 from hyper_sd.data.cache import CacheSource, Manifest
 from hyper_sd.data.images import decode, place
+from hyper_sd.loop import Feed
 from hyper_sd.prepare.build import Score, prepare
 from hyper_sd.processes import Processes
 from hyper_sd.structured import resolved, structured
 from hyper_sd.teachers import Teacher, load_teacher
+from tests.caches import write_cache
 from tests.fixtures.render import CAPTION, PHOTOS, landscape
 from tests.runs import adapters, assert_same, train
 from tests.tiny import tiny_sd15, tiny_sdxl
@@ -122,6 +124,17 @@ def test_buckets_keep_the_shape_and_sizes_reach_sdxl(sdxl: Path, tmp_path: Path,
             sdxl, tmp_path / "other", "teacher=sdxl", f"teacher.path={sdxl}", "data=cache", f"data.path={out}", "only=[tscd_2]",
             "data.batch_size=2", "stages.tscd_2.batch_size=4",
         )  # fmt: skip
+
+
+def test_what_is_stored_reaches_the_batch(sdxl: Path, tmp_path: Path) -> None:
+    teacher = loaded(sdxl)
+    source = CacheSource(str(write_cache(tmp_path / "cache", [[(64, 64), (48, 80)] * 2])), 0, 2)
+    feed = Feed(source, teacher, 0, BadSamples(tmp_path / "bad.jsonl", 0.5), lambda prompts, positions: torch.zeros(0))
+    for positions in (range(2), range(2, 4)):
+        batch = feed.batch(source.batch(positions), positions, step=0)
+        for cond in (batch.cond, batch.uncond):
+            assert cond[2].tolist() == [[100, 200, 3, 4, 8 * batch.x0.shape[2], 8 * batch.x0.shape[3]]] * 2
+        assert batch.draws.samples == tuple(positions)
 
 
 def test_time_ids_are_the_sizes_of_the_samples(sdxl: Path) -> None:
