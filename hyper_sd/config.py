@@ -124,6 +124,35 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """A reward model; the keys are explained in configs/reward/. Trained on, its loss is weight relu(alpha - score)."""
+
+    kind: Literal["embedded", "embedded_heldout"]
+    path: str | None = None
+    revision: str | None = None
+    weight: NonNegative = 1.0
+    alpha: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How latents become images for rewards: `slice` samples at a time; bf16 is autocast, the weights stay float32."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    slice: Count = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When the held-out reward is looked at, and after how many falls in a row a stage ends; explained in configs/stage/refl.yaml."""
+
+    every_steps: Count
+    prompts: Annotated[int, Range(low=2)]
+    steps: tuple[Count, ...]
+    patience: Count | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
     kind: Literal["none", "tensorboard", "wandb"]
     project: str = "hyper_sd"
@@ -133,7 +162,8 @@ class TrackerConfig:
 class StagePlan:
     """One stage of a run. `method` holds `_target_` and the fields of that dataclass, for `build_target`; the rest is how it is trained.
 
-    `optimizers` are those of single adapters, for a stage that trains several; `optimizer` is that of all others.
+    `optimizers` are those of single adapters, for a stage that trains several; `optimizer` is that of all others. `guard` watches it by
+    the run's held-out reward.
     """
 
     name: str
@@ -143,6 +173,7 @@ class StagePlan:
     optimizer: OptimizerConfig
     lr_scheduler: LrSchedulerConfig
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
+    guard: GuardConfig | None = None
 
     @property
     def key(self) -> str:
@@ -151,7 +182,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a training run is told. `stages` is in the order of training."""
+    """Everything a training run is told. `stages` is in the order of training; nothing is ever trained on `heldout`."""
 
     name: str
     seed: NonNegativeInt
@@ -165,6 +196,9 @@ class RunConfig:
     engine: EngineConfig
     eval: EvalConfig
     tracker: TrackerConfig
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    heldout: RewardConfig | None = None
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     stages: dict[str, StagePlan]
     seeds: Count | None = None
     plans: dict[str, dict[str, StagePlan]] = field(default_factory=dict)

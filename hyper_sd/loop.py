@@ -44,7 +44,8 @@ class Feed:
             x0 = self.teacher.encode_images(samples.images)
         encoded = samples.conds if samples.conds is not None else self.teacher.encode_prompts(samples.captions)
         cond = tuple(part.to(device) for part in encoded)
-        return Batch(x0, cond, self.teacher.uncond(len(positions)), Draws(self.seed, step, tuple(positions)))
+        draws = Draws(self.seed, step, tuple(positions))
+        return Batch(x0, cond, self.teacher.uncond(len(positions)), draws, tuple(samples.captions))
 
     def _check_latents(self, latents: Tensor) -> None:
         if latents.shape[1:] != self.teacher.latent_shape:
@@ -65,6 +66,30 @@ class Job:
     folder: Path
     first_step: int = 0
     first_position: int = 0
+    guard: "Guard | None" = None
+
+
+class Guard(Protocol):
+    """Watches a stage by what it is not trained on. What it says is the same in every process.
+
+    Its whole state is `history`, a row for every look, and the adapter `keeps`; both are part of checkpoints.
+    """
+
+    history: list[dict[str, float]]
+    keeps: str
+
+    @property
+    def stops(self) -> bool:
+        """Whether the stage must end, after what was seen last."""
+        ...
+
+    def look(self, job: Job, step: int) -> None:
+        """Called after every step, and before the first."""
+        ...
+
+    def hand_on(self, job: Job) -> None:
+        """The stage has ended: leave the best that was seen in the adapter that is exported."""
+        ...
 
 
 class Observer(Protocol):
@@ -76,34 +101,48 @@ class Observer(Protocol):
 
     def stepped(self, job: Job, step: int) -> None: ...
 
+    def finished(self, job: Job, step: int) -> None: ...
+
 
 def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
-    """Train a stage to its last step, from its newest checkpoint if there is one.
+    """Train a stage to its last step, or until its guard ends it, from its newest checkpoint if there is one.
 
     Returns False if a stop signal ended it first; the state is saved either way. Raises FloatingPointError on a loss that is not
     finite, after which nothing is saved.
     """
     objectives = job.stage.objectives(job.context)
     _start_optimizers(job, engine, objectives)
-    start = _restore(job, engine)
+    done = start = _restore(job, engine)
     observer.started(job, start)
     saver = Saver(job, engine)
+    ended = _ended(job, start)
     with Prefetcher(job, engine, start) as prefetcher, Meter(job, engine, start) as meter:
-        for step in range(start, job.plan.max_steps):
+        while not ended:
+            step, done = done, done + 1
             micro_batches = prefetcher.take(step)
             for objective in objectives:
                 if step % objective.every == 0:
                     meter.add(*update(objective, micro_batches, engine))
             job.stage.after_step(job.context, step)
-            done = step + 1
             if values := meter.row(done):
                 observer.logged(job, done, values)
             observer.stepped(job, done)
+            ended = _ended(job, done)
             stopped = engine.any(stop.received is not None)
-            saver.save_if_due(done, force=stopped or done == job.plan.max_steps)
-            if stopped and done < job.plan.max_steps:
+            saver.save_if_due(done, force=stopped or ended)
+            if stopped and not ended:
                 return False
+    if job.guard is not None:
+        job.guard.hand_on(job)
+    observer.finished(job, done)
     return True
+
+
+def _ended(job: Job, done: int) -> bool:
+    """Whether the stage is over, by its plan or by its guard, which looks first."""
+    if job.guard is not None:
+        job.guard.look(job, done)
+    return done == job.plan.max_steps or (job.guard is not None and job.guard.stops)
 
 
 def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], engine: Engine) -> tuple[Role, dict[str, Tensor]]:
@@ -222,8 +261,10 @@ def save(job: Job, engine: Engine, step: int) -> None:
     roles = job.context.roles
     optimizer, updates = engine.state_dict()
     if engine.is_main:
-        adapters = {adapter: roles.state_dict(adapter) for adapter in (*job.stage.adapters, *roles.attached)}
-        save_checkpoint(checkpoints(job.folder), Checkpoint(step, adapters, optimizer, updates), keep_last=engine.config.keep_last)
+        kept, history = ((job.guard.keeps,), job.guard.history) if job.guard is not None else ((), [])
+        adapters = {adapter: roles.state_dict(adapter) for adapter in (*job.stage.adapters, *roles.attached, *kept)}
+        checkpoint = Checkpoint(step, adapters, optimizer, updates, history)
+        save_checkpoint(checkpoints(job.folder), checkpoint, keep_last=engine.config.keep_last)
     engine.barrier()
 
 
@@ -248,4 +289,6 @@ def _restore(job: Job, engine: Engine) -> int:
     for adapter, tensors in checkpoint.adapters.items():
         job.context.roles.load_state_dict(adapter, tensors)
     engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)
+    if job.guard is not None:
+        job.guard.history[:] = checkpoint.history
     return checkpoint.step

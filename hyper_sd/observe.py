@@ -45,15 +45,21 @@ class Recorder:
 
     def stepped(self, job: Job, step: int) -> None:
         every = self._config.eval.every_steps
-        if step == job.plan.max_steps or (every is not None and step % every == 0):
-            if self._tracker is not None:
-                self._draw_grid(job)
-                self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
-            self._engine.barrier()
+        if every is not None and step % every == 0 and step < job.plan.max_steps:
+            self._show_grid(job, step)
+
+    def finished(self, job: Job, step: int) -> None:
+        self._show_grid(job, step)
 
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.close()
+
+    def _show_grid(self, job: Job, step: int) -> None:
+        if self._tracker is not None:
+            self._draw_grid(job)
+            self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
+        self._engine.barrier()
 
     def _draw_grid(self, job: Job) -> None:
         """The fixed prompts at every step count beside the teacher, sampled with the training network itself."""
@@ -62,8 +68,9 @@ class Recorder:
             row = teacher_row(pipe.scheduler.config, teacher_steps, teacher_guidance(self._config.teacher, self._config.eval))
             self._reference = {f"teacher {teacher_steps} steps": self._images(job, (), row)}
         recipe = sorted(self._recipe(job.plan.name).items(), reverse=True)
-        role = (job.stage.exports,)
-        columns = {f"{num_steps} step{'s' if num_steps > 1 else ''}": self._images(job, role, row) for num_steps, row in recipe}
+        columns = {
+            f"{num_steps} step{'s' if num_steps > 1 else ''}": self._images(job, job.stage.exports, row) for num_steps, row in recipe
+        }
         save_grid(job.folder / "grid.png", self._reference | columns, self._draw.prompts)
 
     def _images(self, job: Job, role: Role, row: Sampler) -> Tensor:
