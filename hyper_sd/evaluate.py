@@ -17,11 +17,12 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from hyper_sd.change import changes
 from hyper_sd.commands import EvaluateConfig
-from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig
+from hyper_sd.config import DataConfig, EvalConfig, RewardConfig, RunConfig, TeacherConfig
 from hyper_sd.data import Source, build_source
 from hyper_sd.lora_file import replace_recipe
-from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, tensors_digest
+from hyper_sd.measure import HELDOUT, NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reward_figures, tensors_digest
 from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
@@ -67,6 +68,7 @@ class Evaluation:
     stages: dict[str, dict[int, Row]]
     final: dict[int, Row]
     choice: Choice
+    ceiling: dict[str, Tensor]
     facts: dict[str, Any]
     grid_prompts: list[str]
     negative_prompts: list[NegativePrompts]
@@ -80,7 +82,8 @@ class Evaluation:
             },
             "stages": {name: self._rows(rows) for name, rows in self.stages.items()},
             "final": self._rows(self.final),
-            "evaluation": self.facts,
+            "changes": changes(self.stages, self.ceiling, self.teacher[self.teacher_steps], self.undistilled) if self.ceiling else {},
+            "evaluation": self.facts | {"ceiling": {name: reward_figures(scores) for name, scores in self.ceiling.items()}},
             "sampler": {
                 "teacher": recipe_to_json(_samplers(self.teacher)),
                 "stages": {name: recipe_to_json(_samplers(rows)) for name, rows in self.stages.items()},
@@ -108,7 +111,8 @@ def evaluate_run(cfg: RunConfig, processes: Processes, source: Source | None = N
     run_dir = Path(cfg.run.dir)
     stages = {name: run_dir / name / "lora.safetensors" for name in cfg.stages}
     files = {name: file for name, file in stages.items() if file.is_file()}
-    return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source)
+    rewards = cfg.rewards | ({} if cfg.heldout is None else {HELDOUT: cfg.heldout})
+    return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source, rewards)
 
 
 def evaluate_lora(cfg: EvaluateConfig, processes: Processes) -> Evaluation:
@@ -160,6 +164,7 @@ def evaluate(
     final: Path | None,
     processes: Processes,
     source: Source | None = None,
+    rewards: Mapping[str, RewardConfig] | None = None,
 ) -> Evaluation:
     """Measure LoRA files, by name, and one file as the final adapter, on the same prompts and noise.
 
@@ -171,7 +176,7 @@ def evaluate(
     fingerprint = inspect_teacher(teacher).fingerprint
     adapters = {name: Adapter(file, read_recipe(file, fingerprint)) for name, file in stages.items()}
     last = None if final is None else Adapter(final, read_recipe(final, fingerprint))
-    evaluator = Evaluator.open(teacher, cfg, processes)
+    evaluator = Evaluator.open(teacher, cfg, processes, rewards)
     draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
     ends = evaluator.end_points(draws)
     choice = choose(evaluator, cfg, draws, ends, last)
@@ -198,6 +203,7 @@ def evaluate(
         stages={name: of(f"stage {name}") for name in adapters},
         final=of(_FINAL),
         choice=choice,
+        ceiling=evaluator.ceiling(draws),
         facts=_facts(evaluator, cfg, draws, started),
         grid_prompts=draws[0].prompts[:NUM_GRID],
         negative_prompts=_negative_prompts(evaluator, cfg, last, choice.final),

@@ -12,7 +12,7 @@ import torch
 from hyper_sd.config import EvalConfig, GuardConfig
 from hyper_sd.files import write_json
 from hyper_sd.loop import Job
-from hyper_sd.measure import Draw
+from hyper_sd.measure import HELDOUT, Draw
 from hyper_sd.objective import WeightedReward
 from hyper_sd.processes import Processes
 from hyper_sd.rewards import Reward
@@ -20,7 +20,6 @@ from hyper_sd.sample import Recipe, decode, quiet, sample
 from hyper_sd.teachers import Teacher
 
 BEST = "best"
-HELDOUT = "heldout"
 GUARD_DRAW = 1 << 21  # the draw of prompts that guards look at; no evaluation has so many
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hyper_sd.config import EvalConfig, TeacherConfig
+from hyper_sd.config import EvalConfig, RewardConfig, TeacherConfig
 from hyper_sd.data import Source
 from hyper_sd.data.scenes import IMAGE_SIZE, captions, render, sample_scenes
 from hyper_sd.judge import Judge, all_right
@@ -25,11 +25,13 @@ from hyper_sd.metrics import Gaussian, Jackknifed, frechet_jackknife, gap, mean_
 from hyper_sd.paths import asset_dir
 from hyper_sd.processes import Processes
 from hyper_sd.randomness import Purpose, fold
+from hyper_sd.rewards import Reward, build_reward
 from hyper_sd.sample import Sampler, adapter, decode, latent_shape, quiet, sample, teacher_row
 from hyper_sd.teachers import load_pipeline
 
 K = TypeVar("K", bound=Hashable)
 
+HELDOUT = "heldout"  # the name of what nothing is trained on, beside the rewards'
 NUM_GRID = 8  # prompts of the grids: the first of the first draw
 REFERENCE_SEED = 0xF1D  # of the renders that features are compared with
 
@@ -85,6 +87,7 @@ class Row:
     frechet: Jackknifed | None
     error: Tensor | None
     images: Tensor
+    rewards: Mapping[str, Tensor] = field(default_factory=dict)  # scores by reward, one a prompt
 
     def to_json(self, teacher: "Row | None" = None, undistilled: "Row | None" = None) -> dict[str, Any]:
         """accuracy, frechet, gap and mse_to_teacher with their standard errors; null where there is nothing to compare with."""
@@ -97,6 +100,7 @@ class Row:
         return {
             **{name: value for name, (value, _) in values.items()},
             "standard_error": {name: se for name, (_, se) in values.items()},
+            "rewards": {name: reward_figures(scores) for name, scores in self.rewards.items()},
             "guidance": self.sampler.guidance_scale,
         }
 
@@ -111,7 +115,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A teacher's stock pipeline, with the judge and the features of `eval.reference` fresh renders it compares with.
+    """A teacher's stock pipeline, with the judge and the features of `eval.reference` fresh renders it compares with, and rewards.
 
     Every process samples and judges its share of the prompts and then holds the same rows.
     """
@@ -124,10 +128,13 @@ class Evaluator:
     judge: Judge | None
     reference: Gaussian | None
     processes: Processes
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
     done: dict[str, Row] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, teacher: TeacherConfig, cfg: EvalConfig, processes: Processes) -> "Evaluator":
+    def open(
+        cls, teacher: TeacherConfig, cfg: EvalConfig, processes: Processes, rewards: Mapping[str, RewardConfig] | None = None
+    ) -> "Evaluator":
         """Raises ValueError, naming the key, for a judge that does not know the pipeline's images."""
         cuda = processes.device.type == "cuda"
         pipe: Any = load_pipeline(teacher, torch.bfloat16 if cuda and teacher.dtype != "fp32" else torch.float32)
@@ -140,7 +147,8 @@ class Evaluator:
             judge = Judge.load(asset_dir("judge"))
             reference = Gaussian.fit(_reference_features(judge, cfg.reference, processes))
         guidance = teacher_guidance(teacher, cfg)
-        return cls(pipe, guidance, cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference, processes)
+        built = {name: build_reward(reward, processes.device) for name, reward in (rewards or {}).items()}
+        return cls(pipe, guidance, cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference, processes, built)
 
     def teacher_row(self, num_steps: int, guidance: float | None = None) -> Sampler:
         return teacher_row(self.pipe.scheduler.config, num_steps, self.guidance if guidance is None else guidance)
@@ -177,13 +185,18 @@ class Evaluator:
 
     def _row(self, sampler: Sampler, draws: Sequence[Draw], ends: Sequence[Tensor] | None, bar: Any) -> Row:
         right, frechet, error, grid = [], [], [], None
+        rewards: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
         for number, draw in enumerate(draws):
             latents = self._sample(sampler, draw, bar)
             if ends is not None:
                 error.append((latents - ends[number]).square().flatten(1).mean(1))
             grid = decode(self.pipe, latents[:NUM_GRID], self.batch_size) if grid is None else grid
+            if self.judge is None and not self.rewards:
+                continue
+            images = decode(self.pipe, latents[self._share(draw)], self.batch_size)
+            for name, scores in self._scored(images, draw).items():
+                rewards[name].append(scores)
             if self.judge is not None:
-                images = decode(self.pipe, latents[self._share(draw)], self.batch_size)
                 for scores, score in zip((right, frechet), self._judged(images, draw), strict=True):
                     scores.append(score)
         assert grid is not None
@@ -193,7 +206,25 @@ class Evaluator:
             frechet=mean_of_draws(frechet) if frechet else None,
             error=torch.cat(error) if error else None,
             images=grid,
+            rewards={name: torch.cat(scores) for name, scores in rewards.items()},
         )
+
+    def ceiling(self, draws: Sequence[Draw]) -> dict[str, Tensor]:
+        """The rewards' scores of the renders of the draws' own scenes; empty without them."""
+        scores = [self._scored(draw.renders[self._share(draw)], draw) for draw in draws if draw.renders is not None]
+        return {name: torch.cat([part[name] for part in scores]) for name in self.rewards if scores}
+
+    @torch.inference_mode()
+    def _scored(self, images: Tensor, draw: Draw) -> dict[str, Tensor]:
+        """Every reward's scores of the whole draw, from this process's share of the images."""
+        prompts, chunks = draw.prompts[self._share(draw)], range(0, len(images), self.batch_size)
+        size, device = self.batch_size, self.processes.device
+        return {
+            name: self.processes.join(
+                torch.cat([reward.score(images[i : i + size].to(device), prompts[i : i + size]) for i in chunks]), len(draw.prompts)
+            )
+            for name, reward in self.rewards.items()
+        }
 
     @property
     def _silent(self) -> bool | None:
@@ -229,6 +260,12 @@ class Evaluator:
             for measure in (self.judge.features, self.judge.attributes)
         )
         return all_right(found, draw.labels), frechet_jackknife(features, self.reference)
+
+
+def reward_figures(scores: Tensor) -> dict[str, float | None]:
+    """Mean, its standard error, and the spread over prompts."""
+    mean, error = mean_and_error(scores)
+    return {"mean": mean, "standard_error": error, "std": float(scores.double().std()) if len(scores) > 1 else None}
 
 
 def _reference_features(judge: Judge, num: int, processes: Processes) -> Tensor:

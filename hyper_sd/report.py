@@ -3,9 +3,10 @@
 import base64
 import html
 import io
+import itertools
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def write(run_dir: Path, results: Mapping[str, Any], grids: Mapping[str, Mapping
     `grids` maps "" (the final adapter), a stage's name, or another name to columns of images (B, 3, H, W), one row a prompt:
     grid.png in the run's directory and in those of its stages, grid_<name>.png otherwise.
     """
-    report = {**results, **{name: facts.get(name) for name in RUN_FACTS}}
+    guards = {name: json.loads(file.read_text()) for name in results["stages"] if (file := run_dir / name / "guard.json").is_file()}
+    report = {**results, "guards": guards, **{name: facts.get(name) for name in RUN_FACTS}}
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     prompts = report["grid_prompts"]
     for name, columns in grids.items():
@@ -85,12 +87,41 @@ def to_image(image: Tensor) -> Image.Image:
 
 def table(report: Mapping[str, Any]) -> str:
     """The results as text, a line a row; what was not measured is left out."""
-    metrics = [name for name in _METRICS if any(row[name] is not None for _, row in _lines(report))]
-    lines = [["", *(name.replace("_", " ") for name in metrics)]]
-    lines += [[label, *(_figure(row, name) for name in metrics)] for label, row in _lines(report)]
+    columns = _columns(report)
+    lines = [["", *(name.replace("_", " ") for name in columns)]]
+    lines += [[label, *(_figure(row, name) for name in columns)] for label, row in _lines(report)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*rows, *map(_negative, report.get("negative_prompts", []))])
+    return "\n".join([*rows, *_change_lines(report), *map(_negative, report.get("negative_prompts", []))])
+
+
+def _columns(report: Mapping[str, Any]) -> dict[str, str]:
+    """What was measured, with its title: the metrics, then rewards by name."""
+    rows = [row for _, row in _lines(report)]
+    measured = {name: title for name, title in _METRICS.items() if any(row[name] is not None for row in rows)}
+    return measured | {name: f"reward: {name}" for row in rows for name in row["rewards"]}
+
+
+def _change_lines(report: Mapping[str, Any]) -> list[str]:
+    """What each stage changed against the one before it, a line a step count."""
+    return [
+        f"{stage} against {change['before']}, {_steps(n)}: " + ", ".join(_differences(row))
+        for stage, change in report["changes"].items()
+        for n, row in change["steps"].items()
+    ]
+
+
+def _differences(row: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("accuracy", "gap"):
+        if row[name] is not None:
+            yield f"{name} {_signed(row[name])}"
+    for name, reward in row["rewards"].items():
+        closed = "" if reward["closed"] is None else f" ({reward['closed']:.2f} of what was missing to fresh renders)"
+        yield f"reward {name} {_signed(reward)}{closed}"
+
+
+def _signed(change: Mapping[str, Any]) -> str:
+    return f"{change['difference']:+.4f} ± {change['standard_error']:.4f}"
 
 
 def _negative(result: Mapping[str, Any]) -> str:
@@ -111,7 +142,8 @@ def _lines(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _figure(row: Mapping[str, Any], name: str) -> str:
-    value, error = row[name], row["standard_error"][name]
+    reward = row["rewards"].get(name)
+    value, error = (row[name], row["standard_error"][name]) if reward is None else (reward["mean"], reward["standard_error"])
     if value is None:
         return "-"
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
@@ -135,6 +167,8 @@ def _grid_path(run_dir: Path, name: str, report: Mapping[str, Any]) -> Path:
         return run_dir / "grid.png"
     return run_dir / name / "grid.png" if name in report["stages"] else run_dir / f"grid_{name}.png"
 
+
+_COLORS = ("#c23", "#26a", "#2a6", "#a62", "#72a")
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -167,6 +201,8 @@ def _html(run_dir: Path, report: Mapping[str, Any], grids: Sequence[str]) -> str
         f"<h1>{html.escape(run_dir.name)}</h1><p>{intro} Teacher guidance {report['teacher']['guidance']:g}.</p>",
         _results_table(report),
         _NOTES if judged else "",
+        _changes_section(report),
+        *(_guard_section(name, guard["history"]) for name, guard in report["guards"].items()),
         *(_grid_section(run_dir, name, report) for name in grids),
         _sweep_table(report["sampler"]["sweep"]),
         "<h2>Samplers</h2>" + _json_block({name: value for name, value in report["sampler"].items() if name != "sweep"}),
@@ -178,13 +214,13 @@ def _html(run_dir: Path, report: Mapping[str, Any], grids: Sequence[str]) -> str
 
 
 def _results_table(report: Mapping[str, Any]) -> str:
-    metrics = [name for name in _METRICS if any(row[name] is not None for _, row in _lines(report))]
+    columns = _columns(report)
     rows, owner = [], ""
     for label, row in _lines(report):
         first = ' class="first"' if label.split(",")[0] != owner else ""
         owner = label.split(",")[0]
-        rows.append(f"<tr{first}><td>{html.escape(label)}</td>" + "".join(f"<td>{_figure(row, name)}</td>" for name in metrics) + "</tr>")
-    head = "".join(f"<th>{_METRICS[name]}</th>" for name in metrics)
+        rows.append(f"<tr{first}><td>{html.escape(label)}</td>" + "".join(f"<td>{_figure(row, name)}</td>" for name in columns) + "</tr>")
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in columns.values())
     return f"<h2>Results</h2><table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
 
 
@@ -192,6 +228,27 @@ def _grid_section(run_dir: Path, name: str, report: Mapping[str, Any]) -> str:
     data = base64.b64encode(_grid_path(run_dir, name, report).read_bytes()).decode()
     title = f"Images: {name or 'final adapter'}"
     return f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+
+
+def _changes_section(report: Mapping[str, Any]) -> str:
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in _change_lines(report))
+    return f"<h2>What stages changed</h2><p>On the same prompts and noise; ± is one standard error.</p><ul>{lines}</ul>" if lines else ""
+
+
+def _guard_section(stage: str, history: Sequence[Mapping[str, float]]) -> str:
+    """The trained rewards and the held-out one while a stage was trained, each on a scale of its own."""
+    names = [name for name in history[0] if name not in ("step", "trained")]
+    last = max(history[-1]["step"], 1)
+    lines = []
+    for name, color in zip(names, itertools.cycle(_COLORS)):
+        values = [row[name] for row in history]
+        low, span = min(values), max(max(values) - min(values), 1e-9)
+        points = " ".join(f"{600 * row['step'] / last:.1f},{150 - 140 * (row[name] - low) / span:.1f}" for row in history)
+        label = f"{html.escape(name)}: {values[0]:.4f} to {values[-1]:.4f}, at most {max(values):.4f}"
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/><title>{label}</title>')
+        lines.append(f'<text x="610" y="{20 + 20 * len(lines)}" fill="{color}" font-size="14">{label}</text>')
+    svg = f'<svg viewBox="0 0 1000 160" width="1000" height="160" role="img">{"".join(lines)}</svg>'
+    return f"<h2>Rewards while {html.escape(stage)} was trained</h2><p>Steps 0 to {last:g}.</p>{svg}"
 
 
 def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str:
