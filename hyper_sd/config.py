@@ -150,6 +150,7 @@ class GuardConfig:
     prompts: Annotated[int, Range(low=2)]
     steps: tuple[Count, ...]
     patience: Count | None
+    keep: Literal["best", "last"] = "best"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,6 +62,8 @@ class HeldOutGuard:
         self._write(job.folder)
 
     def hand_on(self, job: Job) -> None:
+        if self._config.keep == "last":
+            return
         best = max(self.history, key=lambda row: row[HELDOUT])  # the first, if several are
         if self.stops and self._processes.is_main:
             print(
@@ -70,7 +72,6 @@ class HeldOutGuard:
                 flush=True,
             )
         job.context.roles.copy(BEST, job.stage.exports[-1])
-        self._write(job.folder)
 
     @torch.no_grad()
     def _scores(self, job: Job) -> dict[str, float]:

@@ -75,10 +75,11 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_hands_on_the_best(
     assert "refl: ended at step 2: the held-out reward fell 2 times in a row" in capsys.readouterr().out
     student = adapters(run_dir)
     assert all(not value.any() for name, value in student.items() if "lora_up" in name)  # best before the first step: nothing was learnt
-    free = train(teacher, tmp_path / "free", *HACKED, "stages.refl.guard.patience=null")
-    assert history(free)[:3] == seen and len(history(free)) == 9
+    watched = train(teacher, tmp_path / "watched", *HACKED, "stages.refl.guard.patience=null", "stages.refl.guard.keep=last")
+    assert history(watched)[:3] == seen and len(history(watched)) == 9
     unguarded = train(teacher, tmp_path / "unguarded", *HACKED, "stages.refl.guard=null")
     assert any(value.any() for name, value in adapters(unguarded).items() if "lora_up" in name)
+    assert_same(adapters(watched), adapters(unguarded))
 
 
 @pytest.mark.slow
