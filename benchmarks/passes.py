@@ -8,7 +8,7 @@ import torch
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.features import encoder_features
 from hyper_sd.guidance import Cond
-from hyper_sd.objective import Batch, Context, Objective, Shared, Stage
+from hyper_sd.objective import Batch, Context, Objective, Shared, Stage, WeightedReward
 from hyper_sd.roles import Role
 
 
@@ -39,7 +39,7 @@ def record(stage: Stage, ctx: Context, batch: Batch) -> list[Pass]:
         call.encoder_only = False
         return output
 
-    noting = Context(replace(ctx.denoiser, forward=noted), ctx.roles)
+    noting = replace(ctx, denoiser=replace(ctx.denoiser, forward=noted))
     objectives = stage.objectives(noting)
     for step in range(cycle(objectives)):
         shared: Shared = {}
@@ -47,6 +47,28 @@ def record(stage: Stage, ctx: Context, batch: Batch) -> list[Pass]:
             if step % objective.every == 0:
                 objective.loss(batch, shared)
     return passes
+
+
+def judged(stage: Stage, ctx: Context, batch: Batch) -> tuple[float, float]:
+    """Decodings, and scores of rewards, a sample in one cycle of the stage."""
+    if ctx.feedback is None:
+        return 0.0, 0.0
+    counts, feedback = {"decoded": 0, "scored": 0}, ctx.feedback
+
+    def decode(x0: torch.Tensor) -> torch.Tensor:
+        counts["decoded"] += len(x0)
+        return feedback.decode(x0)
+
+    def scoring(reward: WeightedReward) -> WeightedReward:
+        def score(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+            counts["scored"] += len(images)
+            return reward.score(images, prompts)
+
+        return replace(reward, score=score)
+
+    rewards = {name: scoring(reward) for name, reward in feedback.rewards.items()}
+    record(stage, replace(ctx, feedback=replace(feedback, decode=decode, rewards=rewards)), batch)
+    return counts["decoded"] / len(batch.x0), counts["scored"] / len(batch.x0)
 
 
 def forward_equivalents(passes: Sequence[Pass], batch_size: int) -> float:

@@ -4,9 +4,9 @@
 
 A step is everything `fit` does for a batch that is ready: draws, noising, the teacher's solver step, the target, the loss,
 backward, clipping, optimizer step and EMA; for score distillation, both steps of a cycle with one update of the student and
-two of the fake score. Its bare passes are the calls of the network in it, recorded and repeated with nothing between them
-(benchmarks/passes.py), on the same network, dtype, roles, batch and threads. The two are timed in turn and compared by their
-medians. Prints a table and, last, one line of JSON.
+two of the fake score; for feedback, a four-step student at its last step. Its bare passes are the calls of the network in it,
+recorded and repeated with nothing between them (benchmarks/passes.py), on the same network, dtype, roles, batch and threads.
+The two are timed in turn and compared by their medians. Prints a table and, last, one line of JSON.
 
 The options are the fields of `Options`. `sd15_random` and `sdxl_random` are the full-size networks with random weights.
 """
@@ -31,10 +31,11 @@ from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
 from hyper_sd.engines import start_engine
 from hyper_sd.loop import update
-from hyper_sd.objective import Batch, Context, Objective, Shared
+from hyper_sd.objective import Batch, Context, Feedback, Objective, Shared, WeightedReward
 from hyper_sd.randomness import Draws
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.stages.adversarial import Adversarial
+from hyper_sd.stages.refl import ReFL
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD, GuidanceRange
 from hyper_sd.structured import Count, NonNegativeInt, Positive, structured
@@ -42,11 +43,15 @@ from hyper_sd.structured import Count, NonNegativeInt, Positive, structured
 T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GUIDANCE = GuidanceRange(min=3.0, max=8.0)
-STAGES: dict[str, TSCD | Score] = {
+STAGES: dict[str, TSCD | Score | ReFL] = {
     "tscd": TSCD(segments=4, guidance=GUIDANCE),
     "tscd_adversarial": TSCD(segments=4, guidance=GUIDANCE, adversarial=Adversarial(weight=0.1)),
     "score": Score(rollout=(1,), fake_updates=2, ode_weight=0.0, guidance=GUIDANCE),
+    "refl": ReFL(rollout=(4,), trained_step="last"),
 }
+FREE_FEEDBACK = Feedback(  # decoder and reward that cost nothing: their calls are counted, and what they cost is theirs
+    decode=lambda x0: x0[:, :3], rewards={"mean": WeightedReward(lambda images, prompts: images.flatten(1).mean(1), 1.0, 1e3)}
+)
 PEAK_TFLOPS = {  # dense bf16 with float32 accumulation, from the vendors' data sheets
     "B200": 2250,
     "H200": 989,
@@ -68,7 +73,7 @@ class Options:
     relative to; null looks the device up, and leaves MFU out where it is unknown.
     """
 
-    stage: Literal["tscd", "tscd_adversarial", "score"] = "tscd"
+    stage: Literal["tscd", "tscd_adversarial", "score", "refl"] = "tscd"
     teacher: Literal["embedded", "sd15_random", "sdxl_random"] = "embedded"
     batch_size: Count = 32
     dtype: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -85,7 +90,7 @@ class Options:
 class Bench:
     """A stage on a network: what the steps and the bare passes share."""
 
-    stage: TSCD | Score
+    stage: TSCD | Score | ReFL
     network: Network
     ctx: Context
     batch_size: int
@@ -98,7 +103,8 @@ class Bench:
         roles = Roles(network.net, LoraSpec(rank=options.rank), stage.adapters)
         with device:
             roles.attach({name: build(network.net, 0) for name, build in stage.modules.items()})
-        bench = cls(stage, network, Context(Denoiser(network.forward, roles, sd_schedule(), "eps"), roles), options.batch_size)
+        denoiser = Denoiser(network.forward, roles, sd_schedule(), "eps")
+        bench = cls(stage, network, Context(denoiser, roles, FREE_FEEDBACK if stage.uses_rewards else None), options.batch_size)
         roles.trainable(tuple(name for objective in bench.objectives for name in objective.trains))
         return bench
 
@@ -114,7 +120,7 @@ class Bench:
     def batch(self, step: int) -> Batch:
         size, network = self.batch_size, self.network
         draws = Draws(seed=0, step=step, samples=tuple(range(step * size, (step + 1) * size)))
-        return Batch(network.latents(size), network.cond(size), network.cond(size), draws)
+        return Batch(network.latents(size), network.cond(size), network.cond(size), draws, ("",) * size)
 
 
 def main(argv: list[str]) -> None:
@@ -128,7 +134,8 @@ def main(argv: list[str]) -> None:
     step_s, bare_s = measure(bench, engine, options)
     equivalents = passes.forward_equivalents(bench.passes, options.batch_size)
     if engine.is_main:
-        report(options, engine.device, step_s, bare_s, equivalents, peak_memory_bytes(engine.device))
+        judged = passes.judged(bench.stage, bench.ctx, bench.batch(0))
+        report(options, engine.device, step_s, bare_s, equivalents, judged, peak_memory_bytes(engine.device))
     engine.close()
 
 
@@ -204,7 +211,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def report(options: Options, device: torch.device, step_s: list[float], bare_s: list[float], equivalents: float, peak_bytes: int) -> None:
+def report(
+    options: Options,
+    device: torch.device,
+    step_s: list[float],
+    bare_s: list[float],
+    equivalents: float,
+    judged: tuple[float, float],
+    peak_bytes: int,
+) -> None:
     step, bare = statistics.median(step_s), statistics.median(bare_s)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     flops = count_flops(options)
@@ -216,6 +231,8 @@ def report(options: Options, device: torch.device, step_s: list[float], bare_s: 
         "bare_s": bare,
         "ratio": step / bare,
         "forward_equivalents": equivalents,
+        "decoded": judged[0],
+        "scored": judged[1],
         "samples_per_s": options.batch_size / step,
         "peak_memory_bytes": peak_bytes,
         "flops_per_step": flops,
@@ -226,7 +243,8 @@ def report(options: Options, device: torch.device, step_s: list[float], bare_s: 
     for row, seconds in (("step", step_s), ("bare network passes", bare_s)):
         low, *_, high = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 2
         print(f"{row:20}{1e3 * statistics.median(seconds):12.1f}{1e3 * low:12.1f}{1e3 * high:12.1f}")
-    print(f"{equivalents:g} forward-equivalents a sample, a backward counted as one and half a network as a whole")
+    print(f"{equivalents:g} forward-equivalents a sample, a backward counted as one and half a network as a whole", end="")
+    print(f"; beside them {judged[0]:g} decodings and {judged[1]:g} scores of a reward" if judged[0] else "")
     print(f"ratio {result['ratio']:.3f}   {result['samples_per_s']:.2f} samples/s   peak {peak_bytes / 2**30:.2f} GiB", end="")
     print(f"   {flops / 1e12:.3f} TFLOP a step" + (f"   MFU {result['mfu']:.1%}" if result["mfu"] else ""))
     print(json.dumps(result))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -18,12 +18,16 @@ _ADAPTERS, _OPTIMIZER, _STATE = "adapters.safetensors", "optimizer.safetensors",
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Every state that matters after `step` steps of a stage. Random draws and the data position follow from the step."""
+    """Every state that matters after `step` steps of a stage. Random draws and the data position follow from the step.
+
+    `history` is what the stage's guard has seen.
+    """
 
     step: int
     adapters: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Tensor]
     updates: dict[str, int]
+    history: list[dict[str, float]] = field(default_factory=list)
 
 
 class CheckpointError(ValueError):
@@ -39,7 +43,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> 
     flat = {f"{adapter}/{name}": value for adapter, tensors in checkpoint.adapters.items() for name, value in tensors.items()}
     save_file(flat, partial / _ADAPTERS)
     save_file(checkpoint.optimizer, partial / _OPTIMIZER)
-    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, "updates": checkpoint.updates}))
+    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, "updates": checkpoint.updates, "history": checkpoint.history}))
     manifest = {
         name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in (_ADAPTERS, _OPTIMIZER, _STATE)
     }
@@ -78,7 +82,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for key, value in load_file(path / _ADAPTERS).items():
         adapter, _, name = key.partition("/")
         adapters.setdefault(adapter, {})[name] = value
-    return Checkpoint(state["step"], adapters, load_file(path / _OPTIMIZER), state["updates"])
+    return Checkpoint(state["step"], adapters, load_file(path / _OPTIMIZER), state["updates"], state["history"])
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -19,6 +19,8 @@ class ExportConfig:
     format: Literal["kohya", "diffusers", "unet"]
     dtype: Literal["fp32", "fp16", "bf16"]
     out: str | None
+    weights: dict[str, float] | None
+    merge: Literal["svd", "concat"]
 
 
 @dataclass(frozen=True, kw_only=True)

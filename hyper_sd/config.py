@@ -176,6 +176,25 @@ class FeaturesConfig(FilesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How latents become images for rewards: `slice` samples at a time; bf16 is autocast, the weights stay float32."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    slice: Count = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When the held-out reward is looked at, and after how many falls in a row a stage ends; explained in configs/stage/refl.yaml."""
+
+    every_steps: Count
+    prompts: Annotated[int, Range(low=2)]
+    steps: tuple[Count, ...]
+    patience: Count | None
+    keep: Literal["best", "last"] = "best"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackerConfig:
     kind: Literal["none", "tensorboard", "wandb"]
     project: str = "hyper_sd"
@@ -185,7 +204,8 @@ class TrackerConfig:
 class StagePlan:
     """One stage of a run. `method` holds `_target_` and the fields of that dataclass, for `build_target`; the rest is how it is trained.
 
-    `optimizers` are those of single adapters, for a stage that trains several; `optimizer` is that of all others.
+    `optimizers` are those of single adapters, for a stage that trains several; `optimizer` is that of all others. `guard` watches it by
+    the run's held-out reward.
     """
 
     name: str
@@ -195,6 +215,7 @@ class StagePlan:
     optimizer: OptimizerConfig
     lr_scheduler: LrSchedulerConfig
     optimizers: dict[str, OptimizerConfig] = field(default_factory=dict)
+    guard: GuardConfig | None = None
 
     @property
     def key(self) -> str:
@@ -203,7 +224,7 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything a training run is told. `stages` is in the order of training."""
+    """Everything a training run is told. `stages` is in the order of training; nothing is ever trained on `heldout`."""
 
     name: str
     seed: NonNegativeInt
@@ -217,6 +238,9 @@ class RunConfig:
     engine: EngineConfig
     eval: EvalConfig
     tracker: TrackerConfig
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    heldout: RewardConfig | None = None
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     stages: dict[str, StagePlan]
     seeds: Count | None = None
     plans: dict[str, dict[str, StagePlan]] = field(default_factory=dict)

@@ -20,12 +20,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from hyper_sd.change import changes
 from hyper_sd.commands import DIVERSITY, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig
 from hyper_sd.data import Source, build_source
-from hyper_sd.image_metrics import ImageMetrics, check_metrics, open_metrics
+from hyper_sd.image_metrics import Figure, ImageMetrics, check_metrics, open_metrics
 from hyper_sd.lora_file import replace_recipe
-from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
+from hyper_sd.measure import HELDOUT, NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
+from hyper_sd.metrics import mean_and_error
 from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
@@ -73,6 +75,7 @@ class Evaluation:
     stages: dict[str, dict[int, Row]]
     final: dict[int, Row]
     choice: Choice
+    ceiling: dict[str, Tensor]
     facts: dict[str, Any]
     grid_prompts: list[str]
     negative_prompts: list[NegativePrompts]
@@ -86,7 +89,8 @@ class Evaluation:
             },
             "stages": {name: self._rows(rows) for name, rows in self.stages.items()},
             "final": self._rows(self.final),
-            "evaluation": self.facts,
+            "changes": changes(self.stages, self.ceiling, self.teacher[self.teacher_steps], self.undistilled) if self.ceiling else {},
+            "evaluation": self.facts | {"ceiling": {name: Figure(*mean_and_error(s)).to_json() for name, s in self.ceiling.items()}},
             "sampler": {
                 "teacher": recipe_to_json(_samplers(self.teacher)),
                 "stages": {name: recipe_to_json(_samplers(rows)) for name, rows in self.stages.items()},
@@ -110,10 +114,15 @@ class Evaluation:
 
 
 def evaluate_run(cfg: RunConfig, processes: Processes, source: Source | None = None, metrics: MetricsConfig = NO_METRICS) -> Evaluation:
-    """Evaluate the files of a run: every stage at its own steps and the final adapter. Without a judge, prompts come from `source`."""
+    """Evaluate the files of a run: every stage at its own steps and the final adapter, by `metrics` and the run's own rewards.
+
+    Without a judge, prompts come from `source`.
+    """
     run_dir = Path(cfg.run.dir)
     stages = {name: run_dir / name / "lora.safetensors" for name in cfg.stages}
     files = {name: file for name, file in stages.items() if file.is_file()}
+    own = cfg.rewards | ({} if cfg.heldout is None else {HELDOUT: cfg.heldout})
+    metrics = replace(metrics, names=tuple(dict.fromkeys((*own, *metrics.names))), rewards=metrics.rewards | own)
     return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source, metrics)
 
 
@@ -182,7 +191,8 @@ def evaluate(
     evaluator = Evaluator.open(teacher, cfg, processes)
     draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
     ends = evaluator.end_points(draws)
-    choice = choose(evaluator, cfg, draws, ends, last)
+    opened = _open_metrics(metrics, cfg, source, processes)
+    choice = choose(evaluator, cfg, draws, ends, last, opened)
     if last is not None:  # the last stage's adapter is the final one
         digest = tensors_digest(last.file)
         adapters = {name: replace(a, recipe=choice.final) if tensors_digest(a.file) == digest else a for name, a in adapters.items()}
@@ -193,7 +203,7 @@ def evaluate(
     jobs |= {(f"stage {name}", n): Job(a.file, row) for name, a in adapters.items() for n, row in a.recipe.items()}
     if last is not None:
         jobs |= {(_FINAL, n): Job(last.file, row) for n, row in choice.final.items() if n in steps}
-    rows = evaluator.measure(jobs, draws, ends, _open_metrics(metrics, cfg, source, processes))
+    rows = evaluator.measure(jobs, draws, ends, opened)
 
     def of(name: str) -> dict[int, Row]:
         return {n: row for (owner, n), row in rows.items() if owner == name}
@@ -206,6 +216,7 @@ def evaluate(
         stages={name: of(f"stage {name}") for name in adapters},
         final=of(_FINAL),
         choice=choice,
+        ceiling=evaluator.ceiling(draws, opened),
         facts=_facts(evaluator, cfg, draws, started) | _metrics_facts(metrics),
         grid_prompts=draws[0].prompts[:NUM_GRID],
         negative_prompts=_negative_prompts(evaluator, cfg, last, choice.final),
@@ -221,19 +232,26 @@ def _negative_prompts(evaluator: Evaluator, cfg: EvalConfig, final: Adapter | No
     return [negative_prompts(evaluator, job, cfg.negatives, cfg.seed) for job in jobs if job.sampler.guidance_scale > 1]
 
 
-def choose(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], ends: list[Tensor] | None, final: Adapter | None) -> Choice:
+def choose(
+    evaluator: Evaluator,
+    cfg: EvalConfig,
+    draws: list[Draw],
+    ends: list[Tensor] | None,
+    final: Adapter | None,
+    metrics: ImageMetrics | None = None,
+) -> Choice:
     """Choose by the lowest FD, on a draw of eval.sweep_prompts; with 0 of them only the un-distilled teacher's guidance, on `draws`."""
     recipe = {} if final is None else final.recipe
     if evaluator.judge is None:
         return Choice({}, recipe, [])
     teacher_keys = [_teacher_key(evaluator, n, share) for n in _UNDISTILLED for share in _WEAKER]
     if cfg.sweep_prompts:
-        draws, ends = [make_draw(cfg, SWEEP_DRAW, cfg.sweep_prompts)], None
+        draws, ends, metrics = [make_draw(cfg, SWEEP_DRAW, cfg.sweep_prompts)], None, None
         teacher_keys += [_teacher_key(evaluator, cfg.teacher_steps, share) for share in _AROUND]
     jobs = {key: Job(None, evaluator.teacher_row(key[1], key[2])) for key in teacher_keys}
     if cfg.sweep_prompts and final is not None:
         jobs |= {(_FINAL, n, number): Job(final.file, row) for n in recipe for number, row in _variants(recipe[n]).items()}
-    rows = evaluator.measure(jobs, draws, ends, title="choosing the samplers")
+    rows = evaluator.measure(jobs, draws, ends, metrics, title="choosing the samplers")
     best = {group: _best({key: row for key, row in rows.items() if key[:2] == group}) for group in {key[:2] for key in rows}}
     best[_TEACHER, cfg.teacher_steps] = _teacher_key(evaluator, cfg.teacher_steps, 1.0)  # given, not chosen
     return Choice(

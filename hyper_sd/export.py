@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -15,13 +15,15 @@ from hyper_sd.denoiser import Forward
 from hyper_sd.guidance import Cond
 from hyper_sd.lora_file import DTYPES, LoraDtype, LoraFormat, inspect_lora, read_lora, save_lora
 from hyper_sd.lora_metadata import LoraInfo, SamplerRecipe
-from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.merge import concatenated, truncated
+from hyper_sd.roles import LoraSpec, Role, Roles
 from hyper_sd.structured import structured
 from hyper_sd.teachers import TeacherFacts, load_pipeline
 
 # Largest ||file - trained|| / ||trained|| of the UNet's output, by the coarser of the file's and the UNet's dtype.
 TOLERANCE: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _OF_EFFECT = 0.05  # and, as a share of what the adapter changes at all: a young adapter that is not applied must not pass
+PARTS = "parts"
 _SIDE, _TOKENS = 16, 8  # of the check's inputs: adapters do not depend on sizes, and a check at full size costs as much as a training step
 
 
@@ -117,6 +119,49 @@ def export_run(run_dir: Path, *, stage: str | None, format: LoraFormat, dtype: L
     return out, export_lora(out, file.tensors, file.spec, info, pipeline=pipeline, trained=trained, format=format, dtype=dtype)
 
 
+def save_parts(folder: Path, roles: Roles, role: Role, info: LoraInfo) -> None:
+    """One LoRA file for each adapter of a role, in `folder`/parts, so that they can be merged with other weights."""
+    for adapter in role:
+        save_lora(folder / PARTS / f"{adapter}.safetensors", roles.state_dict(adapter), roles.spec, info)
+
+
+def export_merged(
+    run_dir: Path,
+    *,
+    stage: str,
+    weights: Mapping[str, float],
+    merge: Literal["svd", "concat"],
+    format: LoraFormat,
+    dtype: LoraDtype,
+    out: Path | None,
+) -> tuple[Path, float, float]:
+    """Merge the parts of a run's stage with these weights (a part that is not named keeps 1) and verify the file.
+
+    `concat` is exact at the sum of the parts' ranks, `svd` the nearest at one part's. Returns the file, its relative error, and what the
+    merge itself lost. Raises ValueError, naming the key, before the teacher is loaded.
+    """
+    source, info = run_adapter(run_dir, stage)
+    files = {file.stem: file for file in sorted((source.parent / PARTS).glob("*.safetensors"))}
+    if not files:
+        raise ValueError(f"weights: stage={stage} of run={run_dir} is a single adapter, there is nothing to weigh")
+    if unknown := sorted(weights.keys() - files.keys()):
+        raise ValueError(f"weights: there is no {', '.join(unknown)}; the parts of stage={stage} are {', '.join(files)}")
+    out = out or source.with_name(f"lora_{merge}_{format}_{dtype}.safetensors")
+    pipeline = run_pipeline(run_dir)
+    modules = [path for path, _ in pipeline.unet.named_modules()]
+    parts = [read_lora(file, modules, key="run") for file in files.values()]
+    merged, spec = concatenated([part.tensors for part in parts], [weights.get(name, 1.0) for name in files], parts[0].spec)
+    lost = 0.0
+    if merge == "svd":
+        spec = parts[0].spec
+        merged, lost = truncated(merged, spec.rank)
+
+    def trained(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return _output(pipeline, merged, spec, (x_t, t, cond))
+
+    return out, export_lora(out, merged, spec, info, pipeline=pipeline, trained=trained, format=format, dtype=dtype), lost
+
+
 def run_adapter(run_dir: Path, stage: str | None) -> tuple[Path, LoraInfo]:
     """The LoRA file of a run's stage (None: of the whole run), and what it says about itself."""
     source = _source(run_dir, stage)
@@ -134,8 +179,12 @@ def run_pipeline(run_dir: Path) -> Any:
 def adapter_output(pipeline: Any, file: Path, inputs: tuple[Tensor, Tensor, Cond]) -> Tensor:
     """What the pipeline's UNet, which then keeps the adapter's layers, answers under a LoRA file as the training network runs it."""
     lora = read_lora(file, [path for path, _ in pipeline.unet.named_modules()], key="run")
-    roles = Roles(pipeline.unet, lora.spec, ("exported",))
-    roles.load_state_dict("exported", lora.tensors)
+    return _output(pipeline, lora.tensors, lora.spec, inputs)
+
+
+def _output(pipeline: Any, tensors: Mapping[str, Tensor], spec: LoraSpec, inputs: tuple[Tensor, Tensor, Cond]) -> Tensor:
+    roles = Roles(pipeline.unet, spec, ("exported",))
+    roles.load_state_dict("exported", tensors)
     with roles.use(("exported",)):
         return call_unet(pipeline.unet, *inputs)
 

@@ -23,8 +23,11 @@ Measured = dict[str, Tensor]  # of every image of a draw: its scores (B,) by rew
 
 @dataclass(frozen=True)
 class Figure:
+    """A metric's value over all draws; of a reward also its score of every image."""
+
     value: float
     standard_error: float | None
+    scores: Tensor | None = None
 
     def to_json(self) -> dict[str, float | None]:
         return {"value": self.value, "standard_error": self.standard_error}
@@ -56,13 +59,17 @@ class ImageMetrics:
 
     def figures(self, draws: Sequence[Measured], seeds: Tensor | None = None) -> dict[str, Figure]:
         """Every metric over all draws; `seeds` (S, P, D) are features of P prompts drawn S times."""
-        figures = {name: Figure(*mean_and_error(torch.cat([draw[name] for draw in draws]))) for name in self.rewards.rewards}
+        figures = {name: Figure(*mean_and_error(scores), scores) for name, scores in self.scores(draws).items()}
         for name, distance in self.distances.items():
             mean = mean_of_draws([distance(draw[_FEATURES]) for draw in draws])
             figures[name] = Figure(mean.value, mean.standard_error)
         if seeds is not None:
             figures[DIVERSITY] = Figure(*mean_and_error(diversity(seeds)))
         return {name: figures[name] for name in self.cfg.names}
+
+    def scores(self, draws: Sequence[Measured]) -> dict[str, Tensor]:
+        """Of every reward, its scores of the images of all draws."""
+        return {name: torch.cat([draw[name] for draw in draws]) for name in self.rewards.rewards}
 
     @torch.inference_mode()
     def _chunk(self, images: Tensor, prompts: Sequence[str]) -> Measured:

@@ -46,7 +46,8 @@ class Feed:
         uncond = self.teacher.uncond(len(positions))
         if samples.sizes is not None:
             cond, uncond = (self.teacher.with_sizes(parts, samples.sizes) for parts in (cond, uncond))
-        return Batch(self._x0(samples, positions), cond, uncond, Draws(self.seed, step, tuple(positions)))
+        draws = Draws(self.seed, step, tuple(positions))
+        return Batch(self._x0(samples, positions), cond, uncond, draws, tuple(samples.captions))
 
     def _x0(self, samples: Samples, positions: Sequence[int]) -> Tensor:
         if samples.latents is not None:
@@ -79,6 +80,30 @@ class Job:
     folder: Path
     first_step: int = 0
     first_position: int = 0
+    guard: "Guard | None" = None
+
+
+class Guard(Protocol):
+    """Watches a stage by what it is not trained on. What it says is the same in every process.
+
+    Its whole state is `history`, a row for every look, and the adapter `keeps`; both are part of checkpoints.
+    """
+
+    history: list[dict[str, float]]
+    keeps: str
+
+    @property
+    def stops(self) -> bool:
+        """Whether the stage must end, after what was seen last."""
+        ...
+
+    def look(self, job: Job, step: int) -> None:
+        """Called after every step, and before the first."""
+        ...
+
+    def hand_on(self, job: Job) -> None:
+        """The stage has ended: leave the best that was seen in the adapter that is exported."""
+        ...
 
 
 class Observer(Protocol):
@@ -90,34 +115,48 @@ class Observer(Protocol):
 
     def stepped(self, job: Job, step: int) -> None: ...
 
+    def finished(self, job: Job, step: int) -> None: ...
+
 
 def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
-    """Train a stage to its last step, from its newest checkpoint if there is one.
+    """Train a stage to its last step, or until its guard ends it, from its newest checkpoint if there is one.
 
     Returns False if a stop signal ended it first; the state is saved either way. Raises FloatingPointError on a loss that is not
     finite, after which nothing is saved.
     """
     objectives = job.stage.objectives(job.context)
-    start = _restore(job, engine, objectives)
+    done = start = _restore(job, engine, objectives)
     observer.started(job, start)
     saver = Saver(job, engine)
+    ended = _ended(job, start)
     with _reading(job, engine, start) as reading, Meter(job, engine, start) as meter:
-        for step in range(start, job.plan.max_steps):
+        while not ended:
+            step, done = done, done + 1
             run_step = job.first_step + step
             micro_batches: list[tuple[Batch, Shared]] = [(job.feed.batch(read, part, run_step), {}) for part, read in reading.take()]
             for objective in objectives:
                 if step % objective.every == 0:
                     meter.add(*update(objective, micro_batches, engine))
             job.stage.after_step(job.context, step)
-            done = step + 1
             if values := meter.row(done, reading.waited_s):
                 observer.logged(job, done, values)
             observer.stepped(job, done)
+            ended = _ended(job, done)
             stopped = engine.any(stop.received is not None)
-            saver.save_if_due(done, force=stopped or done == job.plan.max_steps)
-            if stopped and done < job.plan.max_steps:
+            saver.save_if_due(done, force=stopped or ended)
+            if stopped and not ended:
                 return False
+    if job.guard is not None:
+        job.guard.hand_on(job)
+    observer.finished(job, done)
     return True
+
+
+def _ended(job: Job, done: int) -> bool:
+    """Whether the stage is over, by its plan or by its guard, which looks first."""
+    if job.guard is not None:
+        job.guard.look(job, done)
+    return done == job.plan.max_steps or (job.guard is not None and job.guard.stops)
 
 
 def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], engine: Engine) -> tuple[Role, dict[str, Tensor]]:
@@ -219,8 +258,10 @@ def save(job: Job, engine: Engine, step: int) -> None:
         )
     optimizer, updates = engine.state_dict()
     if engine.is_main:
-        adapters = {name: roles.state_dict(name) for name in names}
-        save_checkpoint(checkpoints(job.folder), Checkpoint(step, adapters, optimizer, updates), keep_last=engine.config.keep_last)
+        kept, history = ((job.guard.keeps,), job.guard.history) if job.guard is not None else ((), [])
+        adapters = {name: roles.state_dict(name) for name in (*names, *kept)}
+        checkpoint = Checkpoint(step, adapters, optimizer, updates, history)
+        save_checkpoint(checkpoints(job.folder), checkpoint, keep_last=engine.config.keep_last)
     engine.barrier()
 
 
@@ -238,6 +279,8 @@ def _restore(job: Job, engine: Engine, objectives: Sequence[Objective]) -> int:
     if checkpoint is None:
         return 0
     engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)
+    if job.guard is not None:
+        job.guard.history[:] = checkpoint.history
     return checkpoint.step
 
 

@@ -32,6 +32,7 @@ from hyper_sd.teachers import load_pipeline
 
 K = TypeVar("K", bound=Hashable)
 
+HELDOUT = "heldout"  # the name of what nothing is trained on, beside the rewards'
 NUM_GRID = 8  # prompts of the grids: the first of the first draw
 REFERENCE_SEED = 0xF1D  # of the renders that features are compared with
 _REPEAT = 1 << 22  # tells the seeds of repeated prompts from those of draws
@@ -90,6 +91,11 @@ class Row:
     error: Tensor | None
     images: Tensor
     metrics: dict[str, Figure] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Rewards' scores of every image."""
+        return {name: figure.scores for name, figure in self.metrics.items() if figure.scores is not None}
 
     def to_json(self, teacher: "Row | None" = None, undistilled: "Row | None" = None) -> dict[str, Any]:
         """accuracy, frechet, gap and mse_to_teacher with standard errors, null where there is nothing to compare with, and metrics."""
@@ -220,6 +226,14 @@ class Evaluator:
 
     def _decode_share(self, latents: Tensor, draw: Draw) -> Tensor:
         return decode(self.pipe, latents[self._share(draw)], self.batch_size)
+
+    def ceiling(self, draws: Sequence[Draw], metrics: ImageMetrics | None) -> dict[str, Tensor]:
+        """The rewards' scores of the renders of the draws' own scenes; empty without them."""
+        if metrics is None:
+            return {}
+        rendered = [(draw, draw.renders[self._share(draw)]) for draw in draws if draw.renders is not None]
+        measured = [metrics.measure(images, draw.prompts[self._share(draw)], len(draw.prompts)) for draw, images in rendered]
+        return metrics.scores(measured) if measured else {}
 
     @property
     def _silent(self) -> bool | None:

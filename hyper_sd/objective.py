@@ -14,18 +14,23 @@ from hyper_sd.roles import Role, Roles
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: clean latents x0 (B, C, H, W), conditions with leading dimension B, and the draws of exactly these samples."""
+    """One micro-batch: clean latents x0 (B, C, H, W), conditions with leading dimension B, and the draws of exactly these samples.
+
+    The prompts that the conditions were made of are for rewards, which read them themselves.
+    """
 
     x0: Tensor
     cond: Cond
     uncond: Cond
     draws: Draws
+    prompts: tuple[str, ...] = ()
 
     def rows(self, rows: Sequence[int]) -> "Batch":
         """Some of the samples, with their draws."""
         index = list(rows)
         cond, uncond = (tuple(part[index] for part in parts) for parts in (self.cond, self.uncond))
-        return Batch(self.x0[index], cond, uncond, replace(self.draws, samples=tuple(self.draws.samples[row] for row in index)))
+        draws = replace(self.draws, samples=tuple(self.draws.samples[row] for row in index))
+        return Batch(self.x0[index], cond, uncond, draws, tuple(self.prompts[row] for row in index if self.prompts))
 
 
 @dataclass(frozen=True)
@@ -51,16 +56,31 @@ class Objective:
     every: int = 1
 
 
-Reward = Callable[[Tensor, "Batch"], Tensor]
+@dataclass(frozen=True)
+class WeightedReward:
+    """`score(images, prompts)` answers (B,), higher is better, with a gradient to the images; its loss is weight relu(alpha - score)."""
+
+    score: Callable[[Tensor, Sequence[str]], Tensor]
+    weight: float
+    alpha: float
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The rewards of a run by name, and what makes images in [0, 1] of clean latents for them, `slice` samples at a time."""
+
+    decode: Callable[[Tensor], Tensor]
+    rewards: Mapping[str, WeightedReward]
+    slice: int = 8
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the mathematics of a stage may touch. `reward(x0, batch)` answers (B,), higher is better, with a gradient to x0."""
+    """What the mathematics of a stage may touch; feedback only where `uses_rewards`."""
 
     denoiser: Denoiser
     roles: Roles
-    reward: Reward | None = None
+    feedback: Feedback | None = None
 
 
 class Stage(Protocol):
@@ -87,8 +107,8 @@ class Stage(Protocol):
         ...
 
     @property
-    def exports(self) -> str:
-        """The adapter that is exported and handed on."""
+    def exports(self) -> Role:
+        """The adapters whose sum is exported and handed on; all but the last of them are frozen."""
         ...
 
     @property
@@ -118,7 +138,12 @@ class Stage(Protocol):
 
     @property
     def sample_period(self) -> int:
-        """Every so manieth sample of the stream is given more calls of the network than the others; 1: all are alike."""
+        """One sample in so many is given more calls of the network than the others; 1: all are alike."""
+        ...
+
+    @property
+    def uses_rewards(self) -> bool:
+        """Whether it asks for the run's rewards."""
         ...
 
     @property
@@ -162,6 +187,10 @@ class StageDefaults:
     @property
     def encoder_only(self) -> tuple[str, ...]:
         return ()
+
+    @property
+    def uses_rewards(self) -> bool:
+        return False
 
     @property
     def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:

@@ -45,17 +45,23 @@ class Recorder:
 
     def stepped(self, job: Job, step: int) -> None:
         every = self._config.eval.every_steps
-        if step == job.plan.max_steps or (every is not None and step % every == 0):
-            if self._tracker is not None or self._engine.collective_forward:
-                columns = self._columns(job)
-                if self._tracker is not None:
-                    save_grid(job.folder / "grid.png", columns, self._draw.prompts)
-                    self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
-            self._engine.barrier()
+        if every is not None and step % every == 0 and step < job.plan.max_steps:
+            self._show_grid(job, step)
+
+    def finished(self, job: Job, step: int) -> None:
+        self._show_grid(job, step)
 
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.close()
+
+    def _show_grid(self, job: Job, step: int) -> None:
+        if self._tracker is not None or self._engine.collective_forward:
+            columns = self._columns(job)
+            if self._tracker is not None:
+                save_grid(job.folder / "grid.png", columns, self._draw.prompts)
+                self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
+        self._engine.barrier()
 
     def _columns(self, job: Job) -> dict[str, Tensor]:
         """The fixed prompts at every step count beside the teacher, sampled with the training network itself."""
@@ -64,8 +70,9 @@ class Recorder:
             row = teacher_row(pipe.scheduler.config, teacher_steps, teacher_guidance(self._config.teacher, self._config.eval))
             self._reference = {f"teacher {teacher_steps} steps": self._images(job, (), row)}
         recipe = sorted(self._recipe(job.plan.name).items(), reverse=True)
-        role = (job.stage.exports,)
-        columns = {f"{num_steps} step{'s' if num_steps > 1 else ''}": self._images(job, role, row) for num_steps, row in recipe}
+        columns = {
+            f"{num_steps} step{'s' if num_steps > 1 else ''}": self._images(job, job.stage.exports, row) for num_steps, row in recipe
+        }
         return self._reference | columns
 
     def _images(self, job: Job, role: Role, row: Sampler) -> Tensor:

@@ -14,15 +14,18 @@ from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine, StopSignal
 from hyper_sd.engines import start_engine
 from hyper_sd.evaluate import evaluate_run
-from hyper_sd.export import export_lora, fixed_inputs, lora_info
+from hyper_sd.export import export_lora, fixed_inputs, lora_info, save_parts
 from hyper_sd.files import replace_file
+from hyper_sd.guard import BEST, GUARD_DRAW, HeldOutGuard
 from hyper_sd.loop import Feed, Job, fit
 from hyper_sd.lora_file import inspect_lora, read_lora
 from hyper_sd.measure import NUM_GRID, check_judge, make_draw
-from hyper_sd.objective import Context, Stage
+from hyper_sd.merge import merge_role
+from hyper_sd.objective import Context, Feedback, Stage, WeightedReward
 from hyper_sd.observe import Recorder
 from hyper_sd.report import table
 from hyper_sd.report import write as write_report
+from hyper_sd.rewards import build_reward
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
@@ -71,12 +74,14 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
     """The selected stages' mathematics. Raises ValueError, naming the key, for anything that cannot run on this teacher."""
     facts.schedule.check(facts.prediction)
     check_judge(config.eval, facts.image_size)
+    _check_rewards(config)
     stages = {name: build_target(plan.method, plan.key) for name, plan in config.selected.items()}
     for name, stage in stages.items():
         try:
             stage.check(facts.schedule.num_steps)
         except ValueError as error:
             raise ValueError(str(error).replace("stage.", f"{config.stages[name].key}.")) from None
+        _check_feedback(config, config.stages[name], stage)
         if unknown := config.stages[name].optimizers.keys() - set(stage.trains):
             given, allowed = ", ".join(sorted(unknown)), ", ".join(stage.trains)
             raise ValueError(f"{config.stages[name].key}.optimizers: there is no {given} to train; the stage trains {allowed}")
@@ -108,6 +113,29 @@ def check_groups(config: RunConfig, source: Source) -> None:
             )
 
 
+def _check_rewards(config: RunConfig) -> None:
+    for name, reward in config.rewards.items():
+        if config.heldout is not None and (reward.kind, reward.path) == (config.heldout.kind, config.heldout.path):
+            raise ValueError(f"heldout.kind={reward.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward")
+
+
+def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
+    if stage.uses_rewards and not config.rewards:
+        raise ValueError(f"{plan.key} is trained on rewards, and there are none; add one, e.g. +reward@rewards.embedded=embedded")
+    if plan.guard is None:
+        return
+    if config.heldout is None:
+        raise ValueError(
+            f"{plan.key}.guard looks at a held-out reward, and there is none; add one, e.g. reward@heldout=embedded_heldout, or set "
+            f"{plan.key}.guard=null"
+        )
+    if unknown := set(plan.guard.steps) - set(stage.step_counts):
+        raise ValueError(
+            f"{plan.key}.guard.steps: the stage's adapter is made for {', '.join(map(str, stage.step_counts))} steps, not for "
+            f"{', '.join(map(str, sorted(unknown)))}"
+        )
+
+
 @dataclass(frozen=True)
 class Run:
     """A checked plan with its engine, data and directory."""
@@ -137,12 +165,39 @@ class Run:
     def context(self) -> Context:
         """The teacher's network with every adapter that any stage needs."""
         adapters = dict.fromkeys(adapter for stage in self.stages.values() for adapter in stage.adapters)
+        if any(plan.guard is not None for plan in self.config.selected.values()):
+            adapters[BEST] = None
         encoder_only = {adapter for stage in self.stages.values() for adapter in stage.encoder_only}
         with self.engine.sharding(self.teacher.net):
             roles = Roles(self.teacher.net, self.spec, tuple(adapters), encoder_only=tuple(encoder_only), seed=self.config.seed)
         if self.config.engine.gradient_checkpointing:
             roles.enable_gradient_checkpointing()
-        return Context(Denoiser(self.teacher.forward, roles, self.teacher.schedule, self.teacher.prediction), roles)
+        denoiser = Denoiser(self.teacher.forward, roles, self.teacher.schedule, self.teacher.prediction)
+        return Context(denoiser, roles, self._feedback if any(self.stages[name].uses_rewards for name in self.unfinished) else None)
+
+    @cached_property
+    def rewards(self) -> dict[str, WeightedReward]:
+        """The models that stages are trained on."""
+        built = {name: build_reward(reward, self.engine.device) for name, reward in self.config.rewards.items()}
+        return {name: WeightedReward(built[name].score, reward.weight, reward.alpha) for name, reward in self.config.rewards.items()}
+
+    @property
+    def _feedback(self) -> Feedback:
+        decode, device = self.config.decode, self.engine.device
+
+        def images(x0: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=decode.dtype == "bf16"):
+                return self.teacher.decode(x0).float()
+
+        return Feedback(images, self.rewards, decode.slice)
+
+    def _guard(self, name: str, plan: StagePlan) -> HeldOutGuard | None:
+        if plan.guard is None:
+            return None
+        assert self.config.heldout is not None, "checked with the plan"
+        heldout = build_reward(self.config.heldout, self.engine.device)
+        draw = make_draw(self.config.eval, GUARD_DRAW, plan.guard.prompts, self.source)
+        return HeldOutGuard(plan.guard, self.config.eval, self.rewards, heldout, self.teacher, self.sampler(name), draw, self.engine)
 
     @cached_property
     def stock_pipeline(self) -> Any:
@@ -164,13 +219,10 @@ class Run:
             folder = self.folder.path / name
             if name in self.unfinished:
                 self._start_from(handed, self.stages[name])
-                job = Job(self.stages[name], plan, self.context, feed, folder, first_step, first_position)
+                job = Job(self.stages[name], plan, self.context, feed, folder, first_step, first_position, self._guard(name, plan))
                 if not fit(job, self.engine, stop, recorder):
                     return False
-                if self.engine.is_main:
-                    self._export(name)
-                elif self.engine.collective_forward:
-                    self._answer_export(name)
+                self._export(name)
                 self.engine.barrier()
             handed = folder / LORA
             first_step += plan.max_steps
@@ -199,12 +251,24 @@ class Run:
             roles.load_state_dict(adapter, file.tensors)
 
     def _export(self, name: str) -> None:
+        """The stage's LoRA file. Of a sum of adapters it is the merged one, at the run's rank, and the parts lie beside it."""
         stage, plan, roles = self.stages[name], self.config.stages[name], self.context.roles
         extra = {"ss_steps": str(plan.max_steps), "ss_learning_rate": str(plan.optimizer.lr), "ss_seed": str(self.config.seed)}
         info = lora_info(self.facts, stage=name, recipe=recipe_to_json(self.sampler(name)), extra=extra)
+        merged, *others = stage.exports
+        if others:
+            if self.engine.is_main:
+                save_parts(self.folder.path / name, roles, stage.exports, info)
+            error = merge_role(roles, stage.exports)
+            if self.engine.is_main:
+                print(f"{name}: {' + '.join(stage.exports)} merged at rank {self.spec.rank}, relative error {error:.1e}", flush=True)
+        if not self.engine.is_main:
+            if self.engine.collective_forward:
+                self._answer_export(name)
+            return
         error = export_lora(
             self.folder.path / name / LORA,
-            roles.state_dict(stage.exports),
+            roles.state_dict(merged),
             self.spec,
             info,
             pipeline=self.stock_pipeline,
@@ -218,7 +282,7 @@ class Run:
 
     def _trained(self, stage: Stage) -> Callable[..., torch.Tensor]:
         """The training network under the exported adapter, called with and answering on the CPU."""
-        teacher, role = self.teacher, (stage.exports,)
+        teacher, role = self.teacher, stage.exports
 
         def forward(x_t: torch.Tensor, t: torch.Tensor, cond: tuple[torch.Tensor, ...]) -> torch.Tensor:
             with self.context.roles.use(role):

@@ -3,9 +3,10 @@
 import base64
 import html
 import io
+import itertools
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def write(run_dir: Path, results: Mapping[str, Any], grids: Mapping[str, Mapping
     `grids` maps "" (the final adapter), a stage's name, or another name to columns of images (B, 3, H, W), one row a prompt:
     grid.png in the run's directory and in those of its stages, grid_<name>.png otherwise.
     """
-    report = {**results, **{name: facts.get(name) for name in RUN_FACTS}}
+    guards = {name: json.loads(file.read_text()) for name in results["stages"] if (file := run_dir / name / "guard.json").is_file()}
+    report = {**results, "guards": guards, **{name: facts.get(name) for name in RUN_FACTS}}
     text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     prompts = report["grid_prompts"]
     for name, columns in grids.items():
@@ -90,7 +92,29 @@ def table(report: Mapping[str, Any]) -> str:
     lines += [[label, *(_figure(row, name) for name in metrics)] for label, row in _lines(report)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*rows, *map(_negative, report.get("negative_prompts", []))])
+    return "\n".join([*rows, *_change_lines(report), *map(_negative, report.get("negative_prompts", []))])
+
+
+def _change_lines(report: Mapping[str, Any]) -> list[str]:
+    """What each stage changed against the one before it, a line a step count."""
+    return [
+        f"{stage} against {change['before']}, {_steps(n)}: " + ", ".join(_differences(row))
+        for stage, change in report["changes"].items()
+        for n, row in change["steps"].items()
+    ]
+
+
+def _differences(row: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("accuracy", "gap"):
+        if row[name] is not None:
+            yield f"{name} {_signed(row[name])}"
+    for name, reward in row["rewards"].items():
+        closed = "" if reward["closed"] is None else f" ({reward['closed']:.2f} of what was missing to fresh renders)"
+        yield f"reward {name} {_signed(reward)}{closed}"
+
+
+def _signed(change: Mapping[str, Any]) -> str:
+    return f"{change['difference']:+.4f} ± {change['standard_error']:.4f}"
 
 
 def _negative(result: Mapping[str, Any]) -> str:
@@ -145,6 +169,8 @@ def _grid_path(run_dir: Path, name: str, report: Mapping[str, Any]) -> Path:
     return run_dir / name / "grid.png" if name in report["stages"] else run_dir / f"grid_{name}.png"
 
 
+_COLORS = ("#c23", "#26a", "#2a6", "#a62", "#72a")
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
@@ -184,6 +210,8 @@ def _html(run_dir: Path, report: Mapping[str, Any], grids: Sequence[str]) -> str
         _results_table(report),
         _NOTES if judged else "",
         _METRIC_NOTES if set(_measured(report)) - _METRICS.keys() else "",
+        _changes_section(report),
+        *(_guard_section(name, guard["history"]) for name, guard in report["guards"].items()),
         *(_grid_section(run_dir, name, report) for name in grids),
         _sweep_table(report["sampler"]["sweep"]),
         "<h2>Samplers</h2>" + _json_block({name: value for name, value in report["sampler"].items() if name != "sweep"}),
@@ -209,6 +237,27 @@ def _grid_section(run_dir: Path, name: str, report: Mapping[str, Any]) -> str:
     data = base64.b64encode(_grid_path(run_dir, name, report).read_bytes()).decode()
     title = f"Images: {name or 'final adapter'}"
     return f'<h2>{html.escape(title)}</h2><img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+
+
+def _changes_section(report: Mapping[str, Any]) -> str:
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in _change_lines(report))
+    return f"<h2>What stages changed</h2><p>On the same prompts and noise; ± is one standard error.</p><ul>{lines}</ul>" if lines else ""
+
+
+def _guard_section(stage: str, history: Sequence[Mapping[str, float]]) -> str:
+    """The trained rewards and the held-out one while a stage was trained, each on a scale of its own."""
+    names = [name for name in history[0] if name not in ("step", "trained")]
+    last = max(history[-1]["step"], 1)
+    lines = []
+    for name, color in zip(names, itertools.cycle(_COLORS)):
+        values = [row[name] for row in history]
+        low, span = min(values), max(max(values) - min(values), 1e-9)
+        points = " ".join(f"{600 * row['step'] / last:.1f},{150 - 140 * (row[name] - low) / span:.1f}" for row in history)
+        label = f"{html.escape(name)}: {values[0]:.4f} to {values[-1]:.4f}, at most {max(values):.4f}"
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/><title>{label}</title>')
+        lines.append(f'<text x="610" y="{20 + 20 * len(lines)}" fill="{color}" font-size="14">{label}</text>')
+    svg = f'<svg viewBox="0 0 1000 160" width="1000" height="160" role="img">{"".join(lines)}</svg>'
+    return f"<h2>Rewards while {html.escape(stage)} was trained</h2><p>Steps 0 to {last:g}.</p>{svg}"
 
 
 def _sweep_table(sweep: Sequence[Mapping[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from hyper_sd.plan import run_plan
 
 ROOT = Path(__file__).parents[1]
 TSCD_STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1")
-STAGES = (*TSCD_STAGES, "score")
+STAGES = (*TSCD_STAGES, "refl", "score")
 SCORE = ("only=[tscd_1,score]", "stages.score.max_steps=6")
 ADVERSARIAL = (
     *SCORE,
@@ -70,7 +70,7 @@ def kill(process: "subprocess.Popen[str]") -> None:
 
 def adapters(run_dir: Path) -> dict[str, Tensor]:
     """Every tensor of every exported LoRA of a run, by stage."""
-    files = {stage: run_dir / stage / "lora.safetensors" for stage in (*STAGES, "score")} | {"run": run_dir / "lora.safetensors"}
+    files = {stage: run_dir / stage / "lora.safetensors" for stage in STAGES} | {"run": run_dir / "lora.safetensors"}
     return {f"{stage}/{name}": value for stage, file in files.items() if file.exists() for name, value in load_file(file).items()}
 
 

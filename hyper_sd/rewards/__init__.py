@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from hyper_sd.config import FilesConfig, RewardConfig
+from hyper_sd.paths import asset_dir
 from hyper_sd.rewards.base import Reward, Rewards, TowerReward
 from hyper_sd.rewards.weights import check, check_clip
 
@@ -67,7 +68,9 @@ def _build(config: RewardConfig, device: torch.device, key: str, towers: Callabl
 
             return load_image_reward(config, _base(config, key), device, key)
         case "embedded" | "embedded_heldout":
-            raise ValueError(f"{key}.kind={config.kind}: this reward is not part of the package yet")
+            from hyper_sd.rewards.embedded import load_reward
+
+            return load_reward(config.kind, asset_dir("reward")).to(device)
 
 
 def _towers(device: torch.device) -> Callable[[FilesConfig, str], Any]:

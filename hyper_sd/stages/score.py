@@ -3,7 +3,7 @@
 The student draws x = f_student(z) from noise z; x is noised again, and two score networks judge where it should move:
 
     grad = (x0_fake - x0_real) / mean|x - x0_real|,    the gradient of KL(student || teacher) in x, per sample       (Eq. 8)
-    L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd + adversarial L_G - reward R(x)
+    L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd + adversarial L_G + reward L_reward
     L_fake    = |eps_fake(noise(x, eps, t), t, c) - eps|^2
 
 The real score is the guided teacher, the fake score an adapter on the same base that follows the student's own images. With
@@ -20,19 +20,20 @@ from torch import Tensor
 from hyper_sd.denoiser import Denoiser, Prediction
 from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, check_not_negative
 from hyper_sd.randomness import Draws, Purpose, send
+from hyper_sd.roles import Role
 from hyper_sd.stages.adversarial import HEADS, Adversarial, TakesAdversarial
-from hyper_sd.stages.tscd import STUDENT, TARGET, TSCD, GuidanceRange
+from hyper_sd.stages.feedback import reward_loss
+from hyper_sd.stages.rollout import STUDENT, RollsOut
+from hyper_sd.stages.tscd import TARGET, TSCD, GuidanceRange
 
 FAKE, CONSISTENCY = "fake", "consistency"
 _SAMPLE = "sample"  # what the student's objective leaves for the fake score's
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(TakesAdversarial):
+class Score(RollsOut, TakesAdversarial):
     """One score distillation stage; the keys and their defaults are explained in configs/stage/score.yaml."""
 
-    rollout: tuple[int, ...] = (1, 2, 4, 8)
-    start: int = 999
     fake_updates: int = 2
     real_score: Literal["teacher", "consistency"] = "teacher"
     guidance: GuidanceRange | None = None
@@ -44,23 +45,16 @@ class Score(TakesAdversarial):
     tscd_weight: float = 0.0
     reward_weight: float = 0.0
     adversarial: Adversarial | None = None
-    solver_steps: int = 40
     ema_decay: float = 0.95
-
-    segments = 1
 
     def check(self, num_steps: int) -> None:
         self._tscd.check(num_steps)
-        if not self.rollout or any(count < 1 or self.solver_steps % count for count in self.rollout):
-            raise ValueError(f"stage.rollout must be step counts that divide stage.solver_steps={self.solver_steps}: got {self.rollout}")
-        self._check_start(num_steps)
+        self.check_rollout(num_steps)
         if self.fake_updates < 1:
             raise ValueError(f"stage.fake_updates must be at least 1: got {self.fake_updates}")
         if not 0 <= self.t_min < self.t_max <= 1:
             raise ValueError(f"stage.t_min and stage.t_max must be 0 <= t_min < t_max <= 1: got {self.t_min}, {self.t_max}")
         check_not_negative("stage", self, "ode_weight", "tscd_weight", "reward_weight")
-        if self.reward_weight > 0:
-            raise ValueError(f"stage.reward_weight must be 0, for no run has a reward model yet: got {self.reward_weight}")
         for name in ("ode_steps", "ode_one_in"):
             if getattr(self, name) < 1:
                 raise ValueError(f"stage.{name} must be at least 1: got {getattr(self, name)}")
@@ -68,17 +62,6 @@ class Score(TakesAdversarial):
             self.adversarial.check()
             if self.adversarial.real == "target":
                 raise ValueError("stage.adversarial.real must be data in a score stage, which has no target points: got target")
-
-    def _check_start(self, num_steps: int) -> None:
-        if not 0 < self.start < num_steps:
-            raise ValueError(f"stage.start must be a timestep from 1 to {num_steps - 1}: got {self.start}")
-        stride = num_steps // self.solver_steps
-        below = (self.start + 1) // stride * stride - 1
-        if self.step_counts != (1,) and below != self.start:
-            raise ValueError(
-                f"stage.start must be on the grid of samplers unless stage.rollout=[1]: got {self.start}, with "
-                f"stage.solver_steps={self.solver_steps} the nearest are {below} and {below + stride}"
-            )
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -93,12 +76,12 @@ class Score(TakesAdversarial):
         return (STUDENT, FAKE, HEADS)
 
     @property
-    def exports(self) -> str:
-        return TARGET
+    def exports(self) -> Role:
+        return (TARGET,)
 
     @property
-    def step_counts(self) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(self.rollout))
+    def uses_rewards(self) -> bool:
+        return self.reward_weight > 0
 
     @property
     def student_every(self) -> int:
@@ -138,9 +121,8 @@ class Score(TakesAdversarial):
             tscd = self._tscd.student_loss(denoiser, replace(batch, draws=batch.draws.branch(Purpose.TSCD_TERM)), shared).value
             value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
         if self.reward_weight > 0:
-            assert ctx.reward is not None, "a reward's weight needs a reward"
-            reward = ctx.reward(x, batch).mean()
-            value, logs["reward"] = value - self.reward_weight * reward, reward.detach()
+            reward = reward_loss(ctx, x, batch)
+            value, logs = value + self.reward_weight * reward.value, {**logs, **reward.logs, "reward": reward.value.detach()}
         if self.adversarial is not None:
             clean, top = torch.full_like(t, -1), denoiser.schedule.num_steps - 1
             adversarial = self.adversarial.generator_loss(denoiser, batch, shared, x, batch.x0, clean, top).value
@@ -187,26 +169,6 @@ class Score(TakesAdversarial):
         return self._tscd.teacher_prediction(denoiser, batch, x_t, t)
 
     @torch.no_grad()
-    def student_input(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(z, t) at a random step of the student's own rollout: TCD sampling with fresh noise in each step (eta 1)."""
-        steps, position = self._rollout(batch.draws)
-        times = self.times(steps, denoiser.schedule.num_steps)
-        z = send(batch.draws.normal(Purpose.ROLLOUT_NOISE, batch.x0.shape[1:]), batch.x0).to(batch.x0)
-        t = z.new_full((len(z),), times[0], dtype=torch.long)
-        for number in range(1, position + 1):
-            x = denoiser((STUDENT,), z, t, batch.cond).x0
-            t = torch.full_like(t, times[number])
-            fresh = batch.draws.normal(Purpose.ROLLOUT_NOISE, batch.x0.shape[1:], number)
-            z = denoiser.noise(x, send(fresh, x), t)
-        return z, t
-
-    def times(self, steps: int, num_steps: int) -> list[int]:
-        """The timesteps of a rollout of so many steps, on the edges of the solver grid; one step begins at `start`."""
-        if steps == 1:
-            return [self.start]
-        return [num_steps - number * num_steps // steps - 1 for number in range(steps)]
-
-    @torch.no_grad()
     def ode_end(self, denoiser: Denoiser, batch: Batch, z: Tensor) -> Tensor:
         """The end of the guided teacher's own trajectory from pure noise z, in `ode_steps` DDIM steps.
 
@@ -230,12 +192,7 @@ class Score(TakesAdversarial):
         return (x[rows] - end).square().flatten(1).mean(1).sum() * self.ode_one_in / len(x)
 
     def _starts_from_noise(self, draws: Draws) -> bool:
-        return self._rollout(draws)[1] == 0
-
-    def _rollout(self, draws: Draws) -> tuple[int, int]:
-        """How many steps, and which of them is trained: one draw for the whole batch, so every process does the same work."""
-        steps = self.rollout[draws.choice(Purpose.ROLLOUT, len(self.rollout))]
-        return steps, draws.choice(Purpose.ROLLOUT_POSITION, steps)
+        return self.draw_rollout(draws)[1] == 0
 
     def _times(self, draws: Draws, purpose: Purpose, num_steps: int, like: Tensor) -> Tensor:
         return send(draws.integers(purpose, round(self.t_min * num_steps), round(self.t_max * num_steps) - 1), like)

@@ -11,7 +11,7 @@ told s. With k = N every segment is one solver step and the student learns the t
 consistency trajectory training. An adversarial term may be added (hyper_sd/stages/adversarial.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -24,8 +24,9 @@ from hyper_sd.randomness import Draws, Purpose, send
 from hyper_sd.roles import Role
 from hyper_sd.schedule import SolverGrid, per_sample
 from hyper_sd.stages.adversarial import HEADS, Adversarial, TakesAdversarial
+from hyper_sd.stages.rollout import STUDENT
 
-STUDENT, TARGET, PREVIOUS = "student", "target", "previous"
+TARGET, PREVIOUS = "target", "previous"
 HUBER_C = 1e-3
 STEP_COUNTS = (1, 2, 4, 8)  # what an adapter of one segment is used with
 
@@ -96,12 +97,16 @@ class TSCD(TakesAdversarial):
         return (STUDENT, HEADS)
 
     @property
-    def exports(self) -> str:
-        return TARGET if self.export_weights == "ema" else STUDENT
+    def exports(self) -> Role:
+        return (TARGET,) if self.export_weights == "ema" else self.student_role
 
     @property
     def step_counts(self) -> tuple[int, ...]:
         return (self.segments,) if self.segments > 1 else STEP_COUNTS
+
+    @property
+    def student_role(self) -> Role:
+        return (STUDENT,)
 
     @property
     def teacher_role(self) -> Role:
@@ -109,7 +114,7 @@ class TSCD(TakesAdversarial):
 
     @property
     def target_role(self) -> Role:
-        return (TARGET,) if self.target == "ema" else (STUDENT,)
+        return (TARGET,) if self.target == "ema" else self.student_role
 
     def objectives(self, ctx: Context) -> tuple[Objective, ...]:
         student = Objective(trains=(STUDENT,), loss=partial(self.student_loss, ctx.denoiser))
@@ -129,7 +134,7 @@ class TSCD(TakesAdversarial):
         x_t = denoiser.noise(batch.x0, noise, t)
         with torch.no_grad():
             goal = self.goal(denoiser, batch, x_t, t, u, s)
-        student = denoiser((STUDENT,), x_t, t, batch.cond)
+        student = denoiser(self.student_role, x_t, t, batch.cond)
         reached = denoiser.jump(student, s)
         distance = self.distance(student.x0 if self.compare == "x0" else reached, goal).mean()
         if self.adversarial is None:
@@ -193,4 +198,4 @@ class TSCD(TakesAdversarial):
             return batch
         drop = send(batch.draws.uniform(Purpose.DROP_CAPTION) < self.empty_prompt_ratio, batch.x0)
         cond = tuple(torch.where(per_sample(drop, c), u, c) for c, u in zip(batch.cond, batch.uncond, strict=True))
-        return Batch(batch.x0, cond, batch.uncond, batch.draws)
+        return replace(batch, cond=cond)

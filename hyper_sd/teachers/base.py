@@ -89,10 +89,10 @@ class Teacher(ABC):
         return mean * vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Float32 images (B, 3, H, W) in [0, 1] of scaled latents; gradients flow to the latents."""
+        """Float32 images (B, 3, H, W) in [0, 1] of scaled latents; gradients flow to the latents, of saturated pixels too (see `Clamp`)."""
         vae = self.pipeline.vae
         images = vae.decode(latents.to(self.device, torch.float32) / vae.config.scaling_factor).sample
-        return (images / 2 + 0.5).clamp(0, 1)
+        return Clamp.apply(images / 2 + 0.5)
 
     @property
     def schedule(self) -> Schedule:
@@ -113,6 +113,25 @@ class Teacher(ABC):
     @property
     def fingerprint(self) -> dict[str, str]:
         return self.facts.fingerprint
+
+
+class Clamp(torch.autograd.Function):
+    """clamp(0, 1) whose gradient brings pixels back in.
+
+    Torch's is zero outside, so that a reward could never mend a saturated pixel. Here it is zero only where descent would push a
+    pixel further out, which would change nothing that anyone sees.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(pixels)
+        return pixels.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (pixels,) = ctx.saved_tensors
+        outwards = ((pixels < 0) & (gradient > 0)) | ((pixels > 1) & (gradient < 0))
+        return gradient.masked_fill(outwards, 0)
 
 
 def read_facts(cfg: TeacherConfig, family: type[Teacher]) -> TeacherFacts:

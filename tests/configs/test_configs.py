@@ -27,6 +27,7 @@ from hyper_sd.config import FeaturesConfig, RewardConfig, RunConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
 from hyper_sd.plan import check_plan
 from hyper_sd.roles import LoraSpec
+from hyper_sd.stages.refl import ReFL
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD
 from hyper_sd.structured import build_target, structured
@@ -37,7 +38,9 @@ RECIPES = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
 COMMANDS = sorted(path.stem for path in config_dir().glob("*.yaml") if path.stem != "command")
 GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
-STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1", "score")
+REWARDS = sorted(path.stem for path in (config_dir() / "reward").glob("*.yaml"))
+STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1", "refl", "score")
+GPU = ("sd15", "sdxl")  # rewards for real images are chosen by who has them
 TSCD_ONLY = ("demo_tscd", "demo_long", "demo_ablation", "cfg_preserving")
 
 
@@ -58,7 +61,7 @@ def test_every_recipe_builds(recipe: str) -> None:
     config = run_of(f"recipe={recipe}", "data.path=somewhere")
     assert config.name == recipe
     assert config.run.dir == f"outputs/{recipe}"
-    assert tuple(config.stages) == (STAGES[:-1] if recipe in TSCD_ONLY else STAGES)
+    assert tuple(config.stages) == (STAGES[:4] if recipe in TSCD_ONLY else (*STAGES[:4], "score") if recipe in GPU else STAGES)
     for plan in [*config.stages.values(), *(stage for stages in config.plans.values() for stage in stages.values())]:
         build_target(plan.method, plan.key).check(1000)
 
@@ -79,6 +82,12 @@ def test_rewards_and_features_build_and_pin_what_they_name(group: str, kind: typ
             assert source is None or source.path is None or len(source.revision or "") == 40 or source.sha256, file
     if group == "reward":
         assert compose("evaluate", ["run=x"]).rewards.keys() == {file.stem for file in files}
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_builds(name: str) -> None:
+    config = run_of("recipe=demo_tscd", f"+reward@rewards.mine={name}", f"+reward@heldout={name}")
+    assert config.rewards.keys() == {"mine"} and config.rewards["mine"] == config.heldout and config.heldout.kind == name
 
 
 @pytest.mark.parametrize("path", sorted((config_dir() / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -103,7 +112,7 @@ def test_the_default_is_the_demo() -> None:
     assert run_of().teacher.path == "embedded" and run_of().data.kind == "scenes"
 
 
-@pytest.mark.parametrize(("name", "stage"), [("tscd", TSCD), ("score", Score)])
+@pytest.mark.parametrize(("name", "stage"), [("tscd", TSCD), ("score", Score), ("refl", ReFL)])
 def test_the_stage_yaml_is_the_dataclass(name: str, stage: type) -> None:
     """Same keys, same defaults; only guidance differs: the yaml takes the teacher's."""
     node = OmegaConf.to_container(OmegaConf.load(config_dir() / "stage" / f"{name}.yaml"))
@@ -111,7 +120,7 @@ def test_the_stage_yaml_is_the_dataclass(name: str, stage: type) -> None:
     fields = {f.name: f.default for f in dataclasses.fields(stage)}
     defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items() if v is not dataclasses.MISSING}
     assert {name: node[name] for name in defaults if name != "guidance"} == {k: v for k, v in defaults.items() if k != "guidance"}
-    training = {"max_steps", "batch_size", "optimizer", "optimizers", "lr_scheduler"}
+    training = {"max_steps", "batch_size", "optimizer", "optimizers", "lr_scheduler", "guard"}
     assert node.keys() - training == {"_target_", *fields}
 
 
@@ -148,7 +157,8 @@ def test_paths_lead_to_files() -> None:
 
 def test_one_stage_or_all_stages_can_be_changed() -> None:
     config = run_of("stages.tscd_2.optimizer.lr=1e-3", "stages.tscd_2.max_steps=7", "optimizer.lr=2e-4", "data.batch_size=6")
-    assert [stage.optimizer.lr for stage in config.stages.values()] == [2e-4, 2e-4, 1e-3, 2e-4, 2e-4]  # the recipe gives the last its own
+    rates = [stage.optimizer.lr for stage in config.stages.values()]
+    assert rates == [2e-4, 2e-4, 1e-3, 2e-4, 1e-4, 2e-4]  # the recipe gives the last two their own
     assert config.stages["tscd_2"].max_steps == 7
     assert {stage.batch_size for stage in config.stages.values()} == {6}
 
@@ -175,7 +185,7 @@ def test_an_optimizer_of_an_adapter_that_is_not_there_is_refused() -> None:
 
 def test_a_stage_can_be_dropped_and_added() -> None:
     config = run_of("~stages.tscd_8", "+stage@stages.tscd_5=tscd", "stages.tscd_5.segments=5", "stages.tscd_5.max_steps=3")
-    assert tuple(config.stages) == ("tscd_4", "tscd_2", "tscd_1", "score", "tscd_5")
+    assert tuple(config.stages) == ("tscd_4", "tscd_2", "tscd_1", "refl", "score", "tscd_5")
     assert config.stages["tscd_5"].method["segments"] == 5
 
 
@@ -363,8 +373,10 @@ def test_answers_without_torch_from_anywhere(tmp_path: Path, arguments: list[str
 def test_help_names_every_group_and_option(tmp_path: Path) -> None:
     text = python(str(ROOT / "scripts" / "train.py"), "--help", cwd=tmp_path).stdout
     words = set(text.replace(",", " ").split())
-    options = {path.stem for group in ("recipe", "teacher", "data", "tracker", "stage") for path in (config_dir() / group).glob("*.yaml")}
-    assert {*options, *GROUPS, "recipe", "stage"} - words == set()
+    options = {
+        path.stem for group in ("recipe", "teacher", "data", "tracker", "stage", "reward") for path in (config_dir() / group).glob("*.yaml")
+    }
+    assert {*options, *GROUPS, "recipe", "stage", "reward"} - words == set()
 
 
 def test_hydra_leaves_the_process_alone(tmp_path: Path) -> None:

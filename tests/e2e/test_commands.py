@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from hyper_sd.lora_file import inspect_lora
 from tests.runs import ROOT, STAGES, TSCD_STAGES
@@ -75,6 +77,31 @@ def test_export(smoke: Path, tmp_path: Path) -> None:
     run("export", f"run={smoke}", "stage=tscd_2", "format=diffusers", "dtype=fp16", f"out={out}", cwd=tmp_path)
     with safe_open(out, framework="pt") as file:
         assert all(file.get_slice(name).get_dtype() == "F16" for name in file.keys())  # noqa: SIM118 - no dict
+
+
+def test_export_of_the_feedback_at_another_weight(smoke: Path, tmp_path: Path) -> None:
+    files = {}
+    for weight, merge in ((1.0, "svd"), (0.0, "svd"), (0.5, "concat")):
+        out = tmp_path / f"{merge}_{weight}.safetensors"
+        said = run("export", f"run={smoke}", "stage=refl", f"weights={{feedback: {weight}}}", f"merge={merge}", f"out={out}", cwd=tmp_path)
+        assert "which loses" in said
+        files[weight] = products(out)
+    trained, before = products(smoke / "refl" / "lora.safetensors"), products(smoke / "tscd_1" / "lora.safetensors")
+    for name, value in trained.items():
+        torch.testing.assert_close(files[1.0][name], value)
+        torch.testing.assert_close(files[0.0][name], before[name])
+        torch.testing.assert_close(files[0.5][name], (value + before[name]) / 2, rtol=0.2, atol=1e-4)  # the trained file is cut to the rank
+    wrong = [sys.executable, str(ROOT / "scripts" / "export.py"), f"run={smoke}", "stage=refl", "weights={feedbak: 1}"]
+    refused = subprocess.run(wrong, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2 and "weights: there is no feedbak; the parts of stage=refl are feedback, student" in refused.stderr
+
+
+def products(file: Path) -> dict[str, torch.Tensor]:
+    """alpha / rank B A by module."""
+    tensors = load_file(file)
+    modules = {name.rpartition(".")[0].removesuffix(".lora_down") for name in tensors if name.endswith("lora_down.weight")}
+    down, up = ({m: tensors[f"{m}.lora_{side}.weight"].flatten(1) for m in modules} for side in ("down", "up"))
+    return {m: tensors[f"{m}.alpha"] / len(down[m]) * up[m] @ down[m] for m in modules}
 
 
 def test_export_of_a_whole_unet(smoke: Path, tmp_path: Path) -> None:

@@ -55,10 +55,10 @@ def test_stopped_by_sigterm_and_continued_is_the_straight_run(teacher: Path, str
     train(teacher, run_dir, "resume=auto")
     status = json.loads((run_dir / "run.json").read_text())
     assert status["status"] == "finished"
-    assert len(status["resumed_from"]) == 1 and 6 <= status["resumed_from"][0] < 20
+    assert len(status["resumed_from"]) == 1 and 6 <= status["resumed_from"][0] < 24
     assert_same(adapters(straight), adapters(run_dir))
     steps = [json.loads(line)["run_step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps)) and steps[-1] == 20
+    assert steps == sorted(set(steps)) and steps[-1] == 24
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def images(side: int = 32, num: int = len(PROMPTS)) -> Tensor:
 
 def figures(frechet: float | None = 2.5, gap: float | None = 0.07) -> dict[str, Any]:
     values = {"accuracy": 0.9, "frechet": frechet, "gap": gap, "mse_to_teacher": 0.02}
-    return values | {"standard_error": {name: value and value / 10 for name, value in values.items()}, "guidance": 3.0}
+    return values | {"standard_error": {name: value and value / 10 for name, value in values.items()}, "guidance": 3.0, "rewards": {}}
 
 
 def results(**changes: Any) -> dict[str, Any]:
@@ -30,6 +30,7 @@ def results(**changes: Any) -> dict[str, Any]:
         "teacher": {"guidance": 3.0, "25": figures(gap=0.0), "1": figures(), "best_guidance": {"1": figures(gap=1.0)}},
         "stages": {"tscd_2": {"2": figures()}},
         "final": {"1": figures(frechet=4.321), "2": figures()},
+        "changes": {},
         "evaluation": {"prompts": 2, "draws": 1, "floor": 0.5, "floor_accuracy": 0.99},
         "sampler": {"final": {"1": {"eta": 0.0}}, "sweep": [sweep]},
         "grid_prompts": PROMPTS,
@@ -42,7 +43,7 @@ FACTS = {"engine": {"type": "NO", "world_size": 1, "backend": "none"}, "resumed_
 def test_a_report_is_written_whole(tmp_path: Path):
     grids = {"": {"teacher": images(), "1 step": images()}, "tscd_2": {"teacher": images()}, "teacher": {"teacher": images()}}
     written = write(tmp_path, results(), grids, FACTS)
-    assert json.loads((tmp_path / "report.json").read_text()) == written == results() | FACTS
+    assert json.loads((tmp_path / "report.json").read_text()) == written == results() | FACTS | {"guards": {}}
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} == {
         *("report.json", "report.html", "grid.png", "grid_teacher.png"),
         "tscd_2/grid.png",

@@ -158,21 +158,6 @@ def test_the_consistency_term_has_draws_of_its_own() -> None:
     assert torch.equal(own.uniform(Purpose.TIMESTEP), tiny_batch().draws.branch(Purpose.TSCD_TERM).uniform(Purpose.TIMESTEP))
 
 
-def test_a_reward_pulls_the_samples_towards_it() -> None:
-    denoiser, batch = tiny_denoiser(ADAPTERS), tiny_batch()
-    denoiser.roles.trainable(ADAPTERS)
-    denoiser.roles.reset("fake")  # no gradient but the reward's
-    stage = replace(PLAIN, reward_weight=2.0)
-    with pytest.raises(ValueError, match=r"stage\.reward_weight must be 0"):
-        stage.check(T)
-    student, _ = stage.objectives(Context(denoiser, denoiser.roles, reward=lambda x, batch: x.flatten(1).mean(1)))
-    loss = student.loss(batch, {})
-    z, t = stage.student_input(denoiser, batch)
-    x = denoiser(("student",), z, t, batch.cond).x0
-    torch.testing.assert_close(loss.value, -2 * x.mean())
-    torch.testing.assert_close(gradients(denoiser, "student", loss.value), gradients(denoiser, "student", -2 * x.mean()))
-
-
 def test_the_ode_term_is_the_same_in_micro_batches() -> None:
     stage, denoiser = Score(rollout=(1,), ode_weight=1.0, ode_one_in=3), tiny_denoiser(ADAPTERS)
     whole = student_loss(stage, denoiser, tiny_batch(range(8)))

@@ -11,6 +11,7 @@ from hyper_sd.config import TeacherConfig, TeacherGuidanceConfig
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.teachers import Teacher, inspect_teacher, load_pipeline, load_teacher
+from hyper_sd.teachers.base import Clamp
 from tests.tiny import tiny_sd15, tiny_sdxl
 
 CPU = torch.device("cpu")
@@ -104,6 +105,15 @@ def test_images_to_latents_and_back(family: Literal["sd15", "sdxl"], request: py
     decoded = teacher.decode(latents)
     assert decoded.shape == images.shape
     torch.testing.assert_close(decoded, (vae.decode(latents / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_saturated_pixels_keep_the_gradient_that_brings_them_back():
+    pixels = torch.tensor([-0.5, -0.5, 0.5, 0.5, 1.5, 1.5], requires_grad=True)
+    towards = torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0])  # what descent subtracts
+    images = Clamp.apply(pixels)
+    images.backward(towards)
+    assert images.tolist() == [0, 0, 0.5, 0.5, 1, 1]
+    assert pixels.grad is not None and pixels.grad.tolist() == [-1, 0, -1, 1, 0, 1]
 
 
 def test_gradients_flow_through_decode_to_the_latents(sd15: Path):

@@ -248,7 +248,7 @@ def test_a_samples_loss_does_not_depend_on_the_batch_around_it() -> None:
 )
 def test_a_stage_asks_for_the_adapters_it_uses(changed: dict[str, Any], adapters: tuple[str, ...], exports: str) -> None:
     stage = TSCD(segments=4, **changed)
-    assert stage.adapters == adapters and stage.exports == exports
+    assert stage.adapters == adapters and stage.exports == (exports,)
     denoiser = tiny_denoiser(adapters)
     assert objective(stage, denoiser).trains == STUDENT and objective(stage, denoiser).every == 1
     loss(stage, denoiser, tiny_batch(range(2)))

@@ -1,0 +1,118 @@
+"""A held-out reward ends a stage that hacks the others, and the best adapter is kept."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyper_sd.checkpoint import latest_checkpoint
+from hyper_sd.cli import compose
+from hyper_sd.config import RewardConfig, run_config
+from hyper_sd.guard import falls
+from hyper_sd.plan import check_plan
+from hyper_sd.teachers import inspect_teacher
+from tests.runs import adapters, assert_same, train
+from tests.tiny import tiny_sd15
+
+HACKED = (
+    "only=[refl]",
+    "data.batch_size=8",
+    "rewards.embedded.alpha=5",
+    "stages.refl.max_steps=8",
+    "stages.refl.rollout=[1]",
+    "stages.refl.reference_weight=0",
+    "stages.refl.optimizer.lr=5e-3",
+    "stages.refl.guard={every_steps: 1, patience: 2, steps: [1]}",
+)
+
+
+class Brightness:
+    """How bright an image is, or how dark; the two cannot rise together."""
+
+    def __init__(self, sign: int):
+        self.sign = sign
+
+    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.sign * images.flatten(1).mean(1)
+
+
+def build(config: RewardConfig, device: torch.device) -> Brightness:
+    return Brightness(1 if config.kind == "embedded" else -1)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd15(tmp_path_factory.mktemp("teacher"))
+
+
+def history(run_dir: Path) -> list[dict[str, float]]:
+    return json.loads((run_dir / "refl" / "guard.json").read_text())["history"]
+
+
+def test_only_falls_in_a_row_while_the_trained_rewards_rise_count() -> None:
+    def rows(*pairs: tuple[float, float]) -> list[dict[str, float]]:
+        return [{"heldout": heldout, "trained": trained} for heldout, trained in pairs]
+
+    assert falls(rows()) == falls(rows((1, 0))) == falls(rows((1, 0), (2, 1))) == 0
+    assert falls(rows((3, 0), (2, 1), (1, 2))) == 2
+    assert falls(rows((3, 0), (2, 1), (2, 2))) == 0
+    assert falls(rows((3, 0), (2, 1), (4, 2), (3, 3))) == 1
+    assert falls(rows((3, 0), (2, 1), (1, 1))) == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_hacks_its_reward_is_stopped_and_hands_on_the_best(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hyper_sd.plan.build_reward", build)
+    run_dir = train(teacher, tmp_path / "run", *HACKED)
+    seen = history(run_dir)
+    assert [row["step"] for row in seen] == [0, 1, 2] and falls(seen) == 2
+    assert "refl: ended at step 2: the held-out reward fell 2 times in a row" in capsys.readouterr().out
+    student = adapters(run_dir)
+    assert all(not value.any() for name, value in student.items() if "lora_up" in name)  # best before the first step: nothing was learnt
+    watched = train(teacher, tmp_path / "watched", *HACKED, "stages.refl.guard.patience=null", "stages.refl.guard.keep=last")
+    assert history(watched)[:3] == seen and len(history(watched)) == 9
+    unguarded = train(teacher, tmp_path / "unguarded", *HACKED, "stages.refl.guard=null")
+    assert any(value.any() for name, value in adapters(unguarded).items() if "lora_up" in name)
+    assert_same(adapters(watched), adapters(unguarded))
+
+
+@pytest.mark.slow
+def test_what_the_heldout_reward_likes_goes_on_and_a_continued_run_is_the_straight_one(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hyper_sd.plan.build_reward", lambda config, device: Brightness(1))
+    straight = train(teacher, tmp_path / "run", *HACKED)
+    seen = history(straight)
+    assert len(seen) == 9 and max(seen, key=lambda row: row["heldout"])["step"] == 8
+    checkpoint = latest_checkpoint(straight / "refl" / "checkpoints")
+    assert checkpoint is not None and checkpoint.history == seen and "best" in checkpoint.adapters
+    before = adapters(straight)
+    newest = sorted((straight / "refl" / "checkpoints").iterdir())[-1]
+    shutil.rmtree(newest)  # the one before it is of two steps earlier
+    for path in (straight / "refl" / "lora.safetensors", straight / "lora.safetensors"):
+        path.unlink()
+    train(teacher, straight, *HACKED, "resume=auto")
+    assert history(straight) == seen
+    assert_same(before, adapters(straight))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["~rewards.embedded"], r"stages\.refl is trained on rewards, and there are none"),
+        (["heldout=null"], r"stages\.refl\.guard looks at a held-out reward, and there is none"),
+        (["heldout.kind=embedded"], r"heldout\.kind=embedded: rewards\.embedded is trained on it"),
+        (["stages.refl.guard.steps=[1,8]"], r"stages\.refl\.guard\.steps: .* made for 1, 2, 4 steps, not for 8"),
+        (["~rewards.embedded", "~stages.refl", "stages.score.reward_weight=1"], r"stages\.score is trained on rewards"),
+    ],
+)
+def test_a_plan_that_cannot_be_guarded_is_refused(changes: list[str], message: str) -> None:
+    config = run_config(compose("train", changes))
+    with pytest.raises(ValueError, match=message):
+        check_plan(config, inspect_teacher(config.teacher))

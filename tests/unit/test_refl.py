@@ -1,0 +1,201 @@
+"""The feedback stage against its equations."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hyper_sd.denoiser import Denoiser
+from hyper_sd.guidance import Cond
+from hyper_sd.objective import Batch, Context, Shared
+from hyper_sd.randomness import Draws
+from hyper_sd.roles import Role
+from hyper_sd.schedule import PredictionType
+from hyper_sd.stages.feedback import reward_loss
+from hyper_sd.stages.refl import ReFL
+from hyper_sd.stages.score import Score
+from hyper_sd.stages.tscd import TSCD
+from tests.feedback import brightness, context, contrast, decode
+from tests.networks import tiny_batch, tiny_denoiser, unet_batch, unet_denoiser
+
+T = 1000
+ADAPTERS = ("student", "feedback", "reference")
+PLAIN = ReFL(rollout=(1,), reference_weight=0.0)
+PROMPTS = tuple("a" * length for length in range(8))
+
+
+def batch(**changes: object) -> Batch:
+    return replace(tiny_batch(**changes), prompts=PROMPTS)  # pyright: ignore[reportArgumentType]
+
+
+def student_loss(stage: ReFL, ctx: Context, of: Batch) -> Tensor:
+    ctx.roles.trainable(ADAPTERS)
+    (objective,) = stage.objectives(ctx)
+    return objective.loss(of, {}).value
+
+
+def gradients(ctx: Context, role: Role, value: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(value, ctx.roles.params(role)))
+
+
+def hinges(images: Tensor, alpha: float) -> Tensor:
+    low = torch.relu(alpha - brightness(images, PROMPTS)), torch.relu(alpha - contrast(images, PROMPTS))
+    return (0.5 * low[0] + 2.0 * low[1]).mean()
+
+
+@pytest.mark.parametrize(("alpha", "slice"), [(50.0, 8), (50.0, 3), (0.6, 3)])
+def test_the_reward_loss_and_its_gradient_are_those_of_the_formula(alpha: float, slice: int) -> None:
+    ctx = context(tiny_denoiser(ADAPTERS), alpha=alpha, slice=slice)
+    x0 = batch().x0.float().requires_grad_()
+    loss = reward_loss(ctx, x0, batch())
+    wanted = hinges(decode(x0), alpha)
+    torch.testing.assert_close(loss.value, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x0)[0] for value in (loss.value, wanted)))
+    pixels = decode(x0.detach()).requires_grad_()
+    (at_pixels,) = torch.autograd.grad(2 * torch.relu(alpha - contrast(pixels, PROMPTS)).mean(), pixels)
+    torch.testing.assert_close(loss.logs["grad_contrast"], at_pixels.norm())
+    torch.testing.assert_close(loss.logs["reward_brightness"], brightness(pixels, PROMPTS).mean().detach())
+
+
+def test_above_alpha_nothing_is_asked_for() -> None:
+    ctx = context(tiny_denoiser(ADAPTERS), alpha=-1.0)
+    value = student_loss(PLAIN, ctx, batch())
+    assert value.item() == 0 and all(not gradient.any() for gradient in gradients(ctx, ("feedback",), value))
+
+
+@pytest.mark.parametrize(("adapter", "role"), [("feedback", ("student", "feedback")), ("student", ("student",))])
+def test_the_student_gradient_is_that_of_the_formula(adapter: str, role: Role) -> None:
+    ctx = context(tiny_denoiser(ADAPTERS))
+    stage = ReFL(rollout=(2,), trained_step="last", adapter=adapter, reward_weight=0.7, reference_weight=3.0)  # pyright: ignore[reportArgumentType]
+    got = gradients(ctx, stage.trains, student_loss(stage, ctx, batch()))
+
+    z, t = stage.student_input(ctx.denoiser, batch())
+    assert t.eq(499).all()
+    x0 = ctx.denoiser(role, z, t, batch().cond).x0
+    before = ctx.denoiser(("student",) if adapter == "feedback" else ("reference",), z, t, batch().cond).x0.detach()
+    wanted = 0.7 * hinges(decode(x0), 50.0) + 3.0 * (x0 - before).square().mean()
+    for mine, theirs in zip(got, gradients(ctx, stage.trains, wanted), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_only_what_learns_gets_a_gradient() -> None:
+    ctx = context(tiny_denoiser(ADAPTERS))
+    (objective,) = PLAIN.objectives(ctx)
+    ctx.roles.trainable(objective.trains)
+    objective.loss(batch(), {}).value.backward()
+    assert all(p.grad is not None and p.grad.any() for p in ctx.roles.params(("feedback",)))
+    assert all(p.grad is None for p in ctx.roles.params(("student", "reference")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "adapters", "fresh", "exports"),
+    [
+        ({}, ("student", "feedback"), ("feedback",), ("student", "feedback")),
+        ({"adapter": "student"}, ("student", "reference"), (), ("student",)),
+        ({"adapter": "student", "reference_weight": 0.0}, ("student",), (), ("student",)),
+    ],
+)
+def test_a_stage_asks_for_the_adapters_it_uses(
+    changes: dict[str, object], adapters: tuple[str, ...], fresh: tuple[str, ...], exports: Role
+) -> None:
+    stage = ReFL(**changes)  # pyright: ignore[reportArgumentType]
+    assert (stage.adapters, stage.fresh, stage.exports, stage.trains) == (adapters, fresh, exports, exports[-1:])
+
+
+def test_the_step_is_drawn_for_the_whole_batch_and_covers_every_position() -> None:
+    seen = Counter(ReFL().draw_rollout(Draws(0, step, (step % 7,))) for step in range(300))
+    assert seen.keys() == {(n, i) for n in (1, 2, 4) for i in range(n)}
+    last = {ReFL(trained_step="last").draw_rollout(Draws(0, step, (5,))) for step in range(99)}
+    assert last == {(1, 0), (2, 1), (4, 3)}
+    assert all(ReFL().draw_rollout(Draws(0, step, (1,))) == ReFL().draw_rollout(Draws(0, step, (8, 9))) for step in range(50))
+
+
+def test_micro_batches_are_the_whole_batch() -> None:
+    ctx = context(tiny_denoiser(ADAPTERS), slice=3)
+    stage = replace(PLAIN, reference_weight=1.0)
+    whole, halves = batch(), [batch().rows(range(4)), batch().rows(range(4, 8))]
+    torch.testing.assert_close(student_loss(stage, ctx, whole), sum(student_loss(stage, ctx, half) for half in halves) / 2)
+
+
+@pytest.mark.parametrize("adapter", ["feedback", "student"])
+def test_the_consistency_term_is_that_of_the_role_that_learns(adapter: str) -> None:
+    stage = ReFL(rollout=(1,), adapter=adapter, reward_weight=0.0, reference_weight=0.0, tscd_weight=2.0)  # pyright: ignore[reportArgumentType]
+    denoiser = tiny_denoiser(ADAPTERS)
+    ctx = Context(denoiser, denoiser.roles)
+    got = student_loss(stage, ctx, batch())
+    wanted = _with_summed_student(denoiser) if adapter == "feedback" else denoiser
+    online = TSCD(segments=1, target="online")
+    torch.testing.assert_close(got, 2 * online.student_loss(wanted, batch(), {}).value)
+
+
+def _with_summed_student(denoiser: Denoiser) -> Denoiser:
+    def forward(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        with denoiser.roles.use(("student", "feedback") if denoiser.roles.active else ()):
+            return denoiser.forward(x_t, t, cond)
+
+    return replace(denoiser, forward=forward)
+
+
+@pytest.mark.parametrize(("reference_weight", "forwards"), [(0.0, 5), (1.0, 6)])
+def test_an_update_of_a_four_step_student_costs_no_more_than_three_forwards_beside_its_own(reference_weight: float, forwards: int) -> None:
+    """At the last of four steps; a forward counts 1 a sample, a backward through the frozen base 1."""
+    denoiser = unet_denoiser(ADAPTERS)
+    cost, decoded = 0, 0
+
+    def counted(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        nonlocal cost
+        output = plain(x_t, t, cond)
+        cost += len(x_t) * (2 if output.requires_grad else 1)
+        return output
+
+    def counted_decode(x0: Tensor) -> Tensor:
+        nonlocal decoded
+        decoded += len(x0)
+        return decode(x0)
+
+    plain, denoiser = denoiser.forward, replace(denoiser, forward=lambda *args: counted(*args))
+    ctx = context(denoiser)
+    assert ctx.feedback is not None
+    ctx = replace(ctx, feedback=replace(ctx.feedback, decode=counted_decode))
+    stage = ReFL(rollout=(4,), trained_step="last", reference_weight=reference_weight)
+    ctx.roles.trainable(stage.trains)
+    shared: Shared = {}
+    stage.objectives(ctx)[0].loss(replace(unet_batch(), prompts=("a",) * 4), shared).value.backward()
+    assert cost == forwards * 4 and decoded == 4
+
+
+@pytest.mark.parametrize("prediction", ["v", "flow", "x0"])
+def test_any_teacher_runs_the_same_stage(prediction: PredictionType) -> None:
+    ctx = context(tiny_denoiser(ADAPTERS, prediction=prediction))
+    value = student_loss(ReFL(tscd_weight=0.5), ctx, batch())
+    assert value > 0 and all(gradient.isfinite().all() for gradient in gradients(ctx, ("feedback",), value))
+
+
+def test_a_reward_of_a_score_stage_adds_its_hinge() -> None:
+    ctx = context(tiny_denoiser(("student", "target", "fake")))
+    stage = Score(rollout=(1,), ode_weight=0.0, fake_updates=1, reward_weight=2.0)
+    assert stage.uses_rewards and not replace(stage, reward_weight=0.0).uses_rewards
+    ctx.roles.trainable(("student",))
+    ctx.roles.reset("fake")  # no gradient but the reward's
+    got = stage.objectives(ctx)[0].loss(batch(), {}).value
+    x0 = ctx.denoiser(("student",), *stage.student_input(ctx.denoiser, batch()), batch().cond).x0
+    wanted = 2 * hinges(decode(x0), 50.0)
+    torch.testing.assert_close(got, wanted.to(got))
+    for mine, theirs in zip(*(gradients(ctx, ("student",), value) for value in (got, wanted)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": (3,)}, "stage.rollout must be step counts that divide stage.solver_steps=40: got"),
+        ({"start": 0}, "stage.start must be a timestep from 1 to 999: got 0"),
+        ({"reference_weight": -1.0}, "stage.reference_weight must not be negative"),
+        ({"reward_weight": 0.0, "reference_weight": 0.0}, "nothing is left to learn"),
+    ],
+)
+def test_bad_keys_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ReFL(**changes).check(T)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,147 @@
+"""Contrastive training of the embedded rewards on rendered scenes, and what they may be trusted with.
+
+A caption has to find its render among all renders of the batch, its own scene with one stated attribute changed, and its own render
+spoilt by blur, noise or a second exposure; a render has to find its caption among all captions and those of the changed scenes.
+Pairs that match by chance, because a caption leaves much open, count neither way.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hyper_sd.data.scenes import BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, SHAPES, Scenes, captions, render, sample_scenes
+from hyper_sd.judge import all_right
+from hyper_sd.randomness import generator
+from hyper_sd.rewards.embedded import EmbeddedKind, EmbeddedReward, new_reward, words
+from tools.embedded_teacher.trainer import Plan, fit
+
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """`seed` is of the weights and of the scenes; no other model of the project was trained with it."""
+
+    seed: int
+    batch: int
+    steps: int
+    lr: float
+
+
+RECIPES: Mapping[EmbeddedKind, Recipe] = {
+    "embedded": Recipe(seed=61, batch=128, steps=900, lr=2e-3),
+    "embedded_heldout": Recipe(seed=83, batch=80, steps=900, lr=2e-3),
+}
+
+
+def train(kind: EmbeddedKind, workdir: Path) -> EmbeddedReward:
+    recipe = RECIPES[kind]
+    torch.manual_seed(recipe.seed)
+    reward = new_reward(kind)
+
+    def loss_at(step: int) -> Tensor:
+        index = np.arange(step * recipe.batch, (step + 1) * recipe.batch)
+        scenes = sample_scenes(recipe.seed, index)
+        return contrastive_loss(reward, scenes, change_one(scenes, recipe.seed, step), generator(recipe.seed, step))
+
+    fit(Plan(name=kind, steps=recipe.steps, lr=recipe.lr, ema_decay=0.995, weight_decay=0.02), reward, loss_at, workdir)
+    return reward
+
+
+def contrastive_loss(reward: EmbeddedReward, scenes: Scenes, changed: Scenes, draw: torch.Generator) -> Tensor:
+    num = len(scenes)
+    clean = render(scenes)
+    images = torch.cat([_grain(clean, draw), _grain(render(changed), draw), spoil(clean, draw)])
+    seen = reward.embed_images(images)
+    said = reward.embed_words(words(captions(scenes) + captions(changed)))
+    logits = seen @ said.T / TEMPERATURE
+    labels, wanted = torch.cat([scenes.labels(), changed.labels()]), torch.cat([scenes.wanted(), changed.wanted()])
+    rows, columns = len(labels), len(wanted)
+    matches = all_right(labels.repeat_interleave(columns, 0), wanted.repeat(rows, 1)).reshape(rows, columns)
+    matches.fill_diagonal_(False)
+    spoilt = torch.zeros(num, columns, dtype=torch.bool)  # a spoilt render is nobody's
+    logits = logits.masked_fill(torch.cat([matches, spoilt]), -1e4)
+    target = torch.arange(columns)
+    return functional.cross_entropy(logits[:rows], target) + functional.cross_entropy(logits.T, target)
+
+
+def change_one(scenes: Scenes, seed: int, step: int) -> Scenes:
+    """Another value for one stated attribute of every scene: shape, colour, size or place of an object, or the background."""
+    draw = np.random.default_rng((seed, step))
+    shape, color, size = scenes.shape.copy(), scenes.color.copy(), scenes.size.copy()
+    background, first, stated = scenes.background.copy(), scenes.first.copy(), scenes.stated.copy()
+    for row in range(len(scenes)):
+        place = int(draw.choice(np.flatnonzero(scenes.shape[row] != EMPTY)))
+        kinds = ["place"]
+        kinds += ["shape"] * (2 * bool(stated[row, place])) + ["color"] * bool(stated[row, NUM_PLACES + place])
+        kinds += ["size"] * bool(stated[row, 2 * NUM_PLACES + place]) + ["background"] * bool(stated[row, 3 * NUM_PLACES])
+        kind = kinds[draw.integers(len(kinds))]
+        other = int(draw.integers(1, 64))
+        if kind == "shape":
+            shape[row, place] = (shape[row, place] + 1 + other % (len(SHAPES) - 1)) % len(SHAPES)
+        elif kind == "color":
+            color[row, place] = (color[row, place] + 1 + other % (len(COLORS) - 1)) % len(COLORS)
+        elif kind == "size":
+            size[row, place] = 1 - size[row, place]
+        elif kind == "background":
+            background[row] = (background[row] + 1 + other % (len(BACKGROUNDS) - 1)) % len(BACKGROUNDS)
+        else:
+            free = np.flatnonzero(scenes.shape[row] == EMPTY)
+            to = int(free[other % len(free)])
+            for values in (shape, color, size):
+                values[row, [place, to]] = values[row, [to, place]]
+            for kind_of in range(3):
+                pair = [kind_of * NUM_PLACES + place, kind_of * NUM_PLACES + to]
+                stated[row, pair] = stated[row, pair[::-1]]
+            if first[row] == place:
+                first[row] = to
+    return replace(scenes, shape=shape, color=color, size=size, background=background, first=first, stated=stated)
+
+
+def spoil(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Blur, coarse noise or a second exposure of another scene, one for each image, at a random strength."""
+    num = len(images)
+    strength = 0.35 + 0.65 * torch.rand(num, 1, 1, 1, generator=draw)
+    kind = torch.randint(3, (num, 1, 1, 1), generator=draw)
+    blurred = functional.avg_pool2d(functional.pad(images, (3, 3, 3, 3), mode="replicate"), 7, 1)
+    coarse = functional.interpolate(torch.randn(num, 3, 8, 8, generator=draw), scale_factor=4, mode="bicubic")
+    noisy = (images + 0.35 * coarse).clamp(0, 1)
+    exposed = 0.5 * (images + images.roll(1, 0))
+    worse = torch.where(kind == 0, blurred, torch.where(kind == 1, noisy, exposed))
+    return _grain(images + strength * (worse - images), draw)
+
+
+def _grain(images: Tensor, draw: torch.Generator) -> Tensor:
+    """A little pixel noise and blur, which are no fault: a decoder leaves as much."""
+    num = len(images)
+    soft = functional.avg_pool2d(functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    images = images + 0.3 * torch.rand(num, 1, 1, 1, generator=draw) * (soft - images)
+    return images + 0.03 * torch.rand(num, 1, 1, 1, generator=draw) * torch.randn(images.shape, generator=draw)
+
+
+@torch.no_grad()
+def measure(reward: EmbeddedReward, kind: EmbeddedKind, num: int = 2000) -> dict[str, float]:
+    """On scenes it was not trained on: mean scores, and how often the caption's own render scores above another image."""
+    seed = RECIPES[kind].seed + 1
+    scenes = sample_scenes(seed, np.arange(num))
+    prompts, images = captions(scenes), render(scenes)
+    own = reward.score(images, prompts)
+    others = {
+        "one_attribute_changed": render(change_one(scenes, seed, 0)),
+        "spoilt": spoil(images, generator(seed)),
+        "other_scene": images.roll(1, 0),
+    }
+    scores = {name: reward.score(other, prompts) for name, other in others.items()}
+    return {
+        "fresh_renders": own.mean().item(),
+        "fresh_renders_std": own.std().item(),
+        **{name: score.mean().item() for name, score in scores.items()},
+        **{f"above_{name}": (own > score).float().mean().item() for name, score in scores.items()},
+        "parameters": sum(param.numel() for param in reward.parameters()),
+        "steps": RECIPES[kind].steps,
+    }
