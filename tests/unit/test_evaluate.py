@@ -155,6 +155,7 @@ def test_rows_are_paired(teacher: TeacherConfig, unjudged: Evaluation, files: di
     assert ends.mean() < few.mean()
 
 
+@pytest.mark.slow
 def test_rows_have_the_metrics_that_were_named(teacher: TeacherConfig, files: dict[str, Path], tmp_path: Path):
     """With the judge's features, fid is the judge's own distance; the sweep's rows are not measured."""
     reward = write_reward("clip_score", tmp_path / "reward")
