@@ -12,6 +12,7 @@ import torch
 
 from hyper_sd.config import DataConfig
 from hyper_sd.data import build_source, storage
+from hyper_sd.prepare.inputs import Item, units
 from tests.caches import write_cache
 from tests.unit.test_data import image_shard, number_of
 
@@ -100,6 +101,20 @@ def test_a_remote_cache_is_read_by_one_request_a_sample_and_survives_failures(se
     server.failures = 4
     again = remote.batch(range(9))
     assert server.failures == 0 and again.bad == () and again.captions == samples.captions
+
+
+def test_remote_shards_are_prepared_from_any_entry_on(server: Server, tmp_path: Path) -> None:
+    image_shard(tmp_path / "a.tar", range(4))
+    server.failures = 2
+    (unit,) = units(DataConfig(kind="webdataset", path=f"{server.url}/a.tar", batch_size=1), shard_size=2)
+    items = [item for item in unit.entries(1) if isinstance(item, Item)]
+    assert [item.captions for item in items] == [(f"number {number}",) for number in (1, 2, 3)]
+    assert [item.image().getpixel((0, 0)) for item in items if item.image] == [(number, 0, 0) for number in (1, 2, 3)]
+
+
+def test_a_data_set_of_the_hub_is_not_trained_on_as_it_is() -> None:
+    with pytest.raises(ValueError, match=r"data=hf is not trained on as it is: scripts/prepare.py data=hf"):
+        build_source(DataConfig(kind="hf", path="owner/name", batch_size=1), seed=0, image_size=16)
 
 
 def test_what_cannot_be_reached_is_named_without_its_secrets(server: Server, tmp_path: Path) -> None:
