@@ -3,11 +3,8 @@
 The network is never wrapped. Data parallelism is one mean over processes of the trained adapters' gradients, in `step`.
 """
 
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -35,7 +32,7 @@ class Engine(Processes):
     """The processes of a run, with what trains adapters in them."""
 
     def __init__(self, config: EngineConfig):
-        super().__init__(config.cpu_threads)
+        super().__init__(config.cpu_threads, config.timeout_seconds)
         self.config = config
         self._trained: dict[Role, _Trained] = {}
 
@@ -72,13 +69,16 @@ class Engine(Processes):
         (loss / self.config.accumulation).backward(inputs=list(self._trained[role].params.values()))
 
     def step(self, role: Role) -> Tensor:
-        """Mean of the gradients over processes, clipping, one optimizer step. Returns the gradient norm before clipping."""
+        """Mean of the gradients over processes, clipping, one optimizer step. Returns the gradient norm before clipping.
+
+        Where the norm is not finite, in all processes alike then, the update is skipped; the learning rate schedule goes on.
+        """
         trained = self._trained[role]
         params = list(trained.params.values())
         self._reduce_gradients(params)
         limit = trained.max_grad_norm if trained.max_grad_norm is not None else float("inf")
         norm = nn.utils.clip_grad_norm_(params, limit)
-        trained.optimizer.step()
+        step_where(norm.isfinite(), trained.optimizer, params)
         trained.scheduler.step()
         trained.optimizer.zero_grad(set_to_none=True)
         trained.updates += 1
@@ -129,22 +129,25 @@ class Engine(Processes):
             param.grad = piece.view_as(param)
 
 
-class StopSignal:
-    """Whether Ctrl-C or SIGTERM has arrived; a second one ends the process at once."""
+def step_where(good: Tensor, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+    """One optimizer step where `good`; elsewhere parameters and moments keep their values and only the count of steps moves on.
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    Decided on the device of `good`, so that the host does not wait for an accelerator.
+    """
+    if good.device.type == "cpu" and good:
+        optimizer.step()
+        return
+    before = [
+        (param, param.detach().clone(), {m: optimizer.state[param][m].clone() for m in _moments(optimizer, param)}) for param in params
+    ]
+    optimizer.step()
+    for param, value, moments in before:
+        torch.where(good, param.detach(), value, out=param.data)
+        for name in _moments(optimizer, param):
+            now = optimizer.state[param][name]
+            torch.where(good, now, moments.get(name, torch.zeros_like(now)), out=now)
 
-    @contextmanager
-    def caught(self) -> Iterator["StopSignal"]:
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+def _moments(optimizer: torch.optim.Optimizer, param: nn.Parameter) -> list[str]:
+    """Those an optimizer has for a parameter: none before its first step."""
+    return [name for name in ("exp_avg", "exp_avg_sq") if name in optimizer.state[param]]

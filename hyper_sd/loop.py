@@ -1,5 +1,6 @@
 """`fit`: the one training loop of all stages."""
 
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hyper_sd.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from hyper_sd.bad_steps import BadSteps, poisoned
+from hyper_sd.checkpoint import Checkpoint, CheckpointError, latest_checkpoint, save_checkpoint
 from hyper_sd.config import EngineConfig, StagePlan
 from hyper_sd.data.base import Samples, Source
-from hyper_sd.engine import Engine, StopSignal
+from hyper_sd.engine import Engine
 from hyper_sd.objective import Batch, Context, Objective, Shared, Stage
 from hyper_sd.randomness import Draws
 from hyper_sd.roles import Role
+from hyper_sd.stop import Stop
 from hyper_sd.teachers.base import Teacher
+from hyper_sd.watchdog import READING, TRAINING, Watchdog
 
 COLLAPSED = 0.3  # of the teacher's standard deviation
 LOG_EVERY = 10  # steps between two rows of metrics: the only moments at which the device is waited for
@@ -76,31 +80,36 @@ class Observer(Protocol):
 
     def stepped(self, job: Job, step: int) -> None: ...
 
+    def saved(self, job: Job, step: int, seconds: float, num_bytes: int) -> None: ...
 
-def fit(job: Job, engine: Engine, stop: StopSignal, observer: Observer) -> bool:
+
+def fit(job: Job, engine: Engine, stop: Stop, observer: Observer, watchdog: Watchdog) -> bool:
     """Train a stage to its last step, from its newest checkpoint if there is one.
 
-    Returns False if a stop signal ended it first; the state is saved either way. Raises FloatingPointError on a loss that is not
-    finite, after which nothing is saved.
+    Returns False if it was told to stop before; the state is saved either way. Raises FloatingPointError if loss or gradient is not
+    finite for too long, after which nothing is saved, and CheckpointError where saving fails and is not to be forgiven.
     """
     objectives = job.stage.objectives(job.context)
     _start_optimizers(job, engine, objectives)
-    start = _restore(job, engine)
+    bad_steps = BadSteps(engine, job.plan, job.feed.source, job.folder, job.first_position)
+    start = _restore(job, engine, bad_steps)
     observer.started(job, start)
-    saver = Saver(job, engine)
-    with Prefetcher(job, engine, start) as prefetcher, Meter(job, engine, start) as meter:
+    with Prefetcher(job, engine, start) as prefetcher, Meter(job, engine, start, bad_steps) as meter:
+        saver = Saver(job, engine, observer, meter)
         for step in range(start, job.plan.max_steps):
+            watchdog.beat(job.first_step + step, READING)
             micro_batches = prefetcher.take(step)
+            watchdog.beat(job.first_step + step, TRAINING)
             for objective in objectives:
                 if step % objective.every == 0:
-                    meter.add(*update(objective, micro_batches, engine))
+                    meter.add(step, *update(objective, micro_batches, engine))
             job.stage.after_step(job.context, step)
             done = step + 1
             if values := meter.row(done):
                 observer.logged(job, done, values)
             observer.stepped(job, done)
             stopped = engine.any(stop.received is not None)
-            saver.save_if_due(done, force=stopped or done == job.plan.max_steps)
+            saver.save_if_due(done, stopped=stopped)
             if stopped and done < job.plan.max_steps:
                 return False
     return True
@@ -111,7 +120,7 @@ def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], 
     logs: dict[str, Tensor] = {}
     for batch, shared in micro_batches:
         loss = objective.loss(batch, shared)
-        engine.backward(objective.trains, loss.value)
+        engine.backward(objective.trains, poisoned(loss.value))
         for name, value in {"loss": loss.value, **loss.logs}.items():
             logs[name] = logs.get(name, 0) + value.detach() / len(micro_batches)
     some = micro_batches[0][0].x0
@@ -149,26 +158,38 @@ class Prefetcher:
 
 
 class Meter:
-    """Averages what objectives report and draws the progress bar; waits for the device only every LOG_EVERY steps."""
+    """Averages what objectives report and draws the progress bar; waits for the device only every LOG_EVERY steps, and at a checkpoint."""
 
-    def __init__(self, job: Job, engine: Engine, start: int):
-        self._job, self._engine, self._logged = job, engine, start
+    def __init__(self, job: Job, engine: Engine, start: int, bad_steps: BadSteps):
+        self._job, self._engine, self._logged, self._bad_steps = job, engine, start, bad_steps
+        self._pending: list[tuple[str, dict[str, Tensor]]] = []
         self._sums: dict[str, list[Tensor]] = {}
         self._since = time.monotonic()
         self._bar = tqdm(
             total=job.plan.max_steps, initial=start, desc=job.plan.name, unit="step", disable=not engine.is_main, mininterval=1
         )
 
-    def add(self, role: Role, logs: dict[str, Tensor]) -> None:
-        for name, value in logs.items():
-            self._sums.setdefault(f"{'+'.join(role)}/{name}", []).append(value)
+    def add(self, step: int, role: Role, logs: dict[str, Tensor]) -> None:
+        name = "+".join(role)
+        self._bad_steps.add(step, name, logs["loss"], logs["grad_norm"])
+        self._pending.append((name, logs))
+
+    def look(self) -> BadSteps:
+        """Wait for the device; what skipped updates reported is left out of the means."""
+        pending, self._pending = self._pending, []
+        for (role, logs), made in zip(pending, self._bad_steps.look(), strict=True):
+            for name, value in logs.items() if made else ():
+                self._sums.setdefault(f"{role}/{name}", []).append(value)
+        return self._bad_steps
 
     def row(self, done: int) -> dict[str, float] | None:
         """Means since the last row, over steps and processes, at every LOG_EVERY-th and the last step; else None."""
         self._bar.update()
         if done % LOG_EVERY and done != self._job.plan.max_steps:
             return None
+        skipped = self.look().skipped
         values = {name: self._engine.mean(torch.stack(parts).mean()).item() for name, parts in self._sums.items()}
+        values |= {f"{role}/skipped": float(number) for role, number in skipped.items()}
         now = time.monotonic()
         values["samples_per_s"] = (done - self._logged) * self._job.plan.batch_size / (now - self._since)
         self._sums, self._since, self._logged = {}, now, done
@@ -203,28 +224,45 @@ def warn_of_collapse(key: str, values: dict[str, float], step: int) -> None:
 class Saver:
     """Checkpoints after every so many steps or seconds, whichever comes first; the main process's clock decides for all."""
 
-    def __init__(self, job: Job, engine: Engine):
-        self._job, self._engine = job, engine
+    def __init__(self, job: Job, engine: Engine, observer: Observer, meter: Meter):
+        self._job, self._engine, self._observer, self._meter = job, engine, observer, meter
         self._config: EngineConfig = engine.config
         self._last = time.monotonic()
 
-    def save_if_due(self, done: int, *, force: bool) -> None:
+    def save_if_due(self, done: int, *, stopped: bool) -> None:
+        """Saves also if the run was `stopped`, and after the last step."""
         due = done % self._config.checkpoint_every_steps == 0
         seconds = self._config.checkpoint_every_seconds
         if seconds is not None and self._engine.any(self._engine.is_main and time.monotonic() - self._last > seconds):
             due = True
-        if due or force:
-            save(self._job, self._engine, done)
+        if due or stopped or done == self._job.plan.max_steps:
+            self._save(done, forgiving=self._config.on_save_error == "continue" and not stopped)
             self._last = time.monotonic()
 
-
-def save(job: Job, engine: Engine, step: int) -> None:
-    roles = job.context.roles
-    optimizer, updates = engine.state_dict()
-    if engine.is_main:
-        adapters = {adapter: roles.state_dict(adapter) for adapter in (*job.stage.adapters, *roles.attached)}
-        save_checkpoint(checkpoints(job.folder), Checkpoint(step, adapters, optimizer, updates), keep_last=engine.config.keep_last)
-    engine.barrier()
+    def _save(self, step: int, *, forgiving: bool) -> None:
+        """Raises CheckpointError, in every process, if it fails and `forgiving` is false."""
+        started, error = time.monotonic(), None
+        optimizer, updates = self._engine.state_dict()
+        bad = self._meter.look()
+        if self._engine.is_main:
+            roles, stage = self._job.context.roles, self._job.stage
+            adapters = {adapter: roles.state_dict(adapter) for adapter in (*stage.adapters, *roles.attached)}
+            checkpoint = Checkpoint(step, adapters, optimizer, updates, bad.skipped, bad.in_a_row)
+            try:
+                path = save_checkpoint(
+                    checkpoints(self._job.folder), checkpoint, keep_last=self._config.keep_last, keep_every=self._config.keep_every
+                )
+                num_bytes = sum(file.stat().st_size for file in path.iterdir())
+                self._observer.saved(self._job, step, time.monotonic() - started, num_bytes)
+            except CheckpointError as failed:
+                error = failed
+        if not self._engine.any(error is not None):
+            return
+        if forgiving:
+            if error is not None:
+                print(f"{error}; training goes on (engine.on_save_error=continue)", file=sys.stderr, flush=True)
+        else:
+            raise error or CheckpointError(f"the main process could not save step {step} of {self._job.plan.key}")
 
 
 def checkpoints(folder: Path) -> Path:
@@ -241,11 +279,12 @@ def _start_optimizers(job: Job, engine: Engine, objectives: Sequence[Objective])
         engine.train(objective.trains, params, optimizer, plan.lr_scheduler, -(-plan.max_steps // objective.every))
 
 
-def _restore(job: Job, engine: Engine) -> int:
+def _restore(job: Job, engine: Engine, bad_steps: BadSteps) -> int:
     checkpoint = latest_checkpoint(checkpoints(job.folder))
     if checkpoint is None:
         return 0
     for adapter, tensors in checkpoint.adapters.items():
         job.context.roles.load_state_dict(adapter, tensors)
     engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)
+    bad_steps.restore(checkpoint.skipped, checkpoint.in_a_row)
     return checkpoint.step

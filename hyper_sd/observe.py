@@ -47,9 +47,15 @@ class Recorder:
         every = self._config.eval.every_steps
         if step == job.plan.max_steps or (every is not None and step % every == 0):
             if self._tracker is not None:
-                self._draw_grid(job)
-                self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
+                with self._folder.informing("grid.png"):
+                    self._draw_grid(job)
+                    self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
             self._engine.barrier()
+
+    def saved(self, job: Job, step: int, seconds: float, num_bytes: int) -> None:
+        if self._engine.is_main:
+            cost = {"checkpoint_s": round(seconds, 4), "checkpoint_bytes": num_bytes}
+            self._folder.append_metrics({"run_step": job.first_step + step, "stage": job.plan.name, "step": step, **cost})
 
     def close(self) -> None:
         if self._tracker is not None:

@@ -1,23 +1,31 @@
 """The processes of a command as the launcher started them, and what they tell each other."""
 
 import os
+import time
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+
+_GRACE_S = 60.0  # the watchdog (watchdog.py) can say more than a collective that times out, so it comes first
 
 
 class Processes:
     """This process among all. Raises RuntimeError if fewer joined than the launcher started.
 
-    `cpu_threads` are torch's threads where there is no GPU; None: the machine's cores, shared between its processes.
+    `cpu_threads` are torch's threads where there is no GPU; None: the machine's cores, shared between its processes. Who waits for
+    another process longer than `timeout_s` fails.
     """
 
-    def __init__(self, cpu_threads: int | None = None):
+    def __init__(self, cpu_threads: int | None = None, timeout_s: float = 1800.0):
+        self.started = time.monotonic()
         on_cpu = not torch.cuda.is_available()
-        self.accelerator = Accelerator(cpu=on_cpu)
+        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s + _GRACE_S))
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[limit])
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         expected = int(os.environ.get("WORLD_SIZE", "1"))
         if self.world_size != expected:
@@ -28,6 +36,7 @@ class Processes:
         if on_cpu:
             torch.set_num_threads(cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
         self.device = self.accelerator.device
+        self._votes = dist.new_group(backend="gloo") if self.world_size > 1 and dist.get_backend() != "gloo" else None
 
     @property
     def is_main(self) -> bool:
@@ -61,11 +70,11 @@ class Processes:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, so that all decide alike."""
+        """Whether the flag is set in any process, so that all decide alike. Hosts ask each other; no device is waited for."""
         if self.world_size == 1:
             return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(votes)
+        votes = torch.tensor(float(flag))
+        dist.all_reduce(votes, group=self._votes)
         return votes.item() > 0
 
     def barrier(self) -> None:
