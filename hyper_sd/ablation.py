@@ -31,8 +31,7 @@ def run_ablation(config: RunConfig) -> None:
     check_plans(config)
     check_equal_cost(config)
     engine = start_engine(config.engine)
-    finished = [train_plan(run, engine) is not None for _, _, run in runs_of(config)]
-    if all(finished):
+    if all(train_plan(run, engine) for _, _, run in runs_of(config)):
         results = measure(config, engine)
         if engine.is_main:
             folder, text = Path(config.run.dir), table(results)

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,47 +17,51 @@ from hyper_sd.files import fsync
 
 MANIFEST = "manifest.json"
 _ADAPTERS, _OPTIMIZER, _STATE = "adapters.safetensors", "optimizer.safetensors", "state.json"
+_NAMES = (_ADAPTERS, _OPTIMIZER, _STATE)
+_PARTIAL = ".tmp"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Every state that matters after `step` steps of a stage. Random draws and the data position follow from the step.
 
-    `history` is what the stage's guard has seen.
+    By role: `updates` that were made or skipped, those `skipped`, and the skipped ones `in_a_row` at the end. `history` is what the
+    stage's guard has seen.
     """
 
     step: int
     adapters: dict[str, dict[str, Tensor]]
     optimizer: dict[str, Tensor]
     updates: dict[str, int]
+    skipped: dict[str, int] = field(default_factory=dict)
+    in_a_row: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged; the message names the file."""
+    """A checkpoint that is damaged, or that cannot be written; the message names the file."""
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
-    """Write `<folder>/step_<step>`; older ones beyond `keep_last` are removed only after the new one is complete."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, keep_every: int | None = None) -> Path:
+    """Write `<folder>/step_<step>`; older ones are removed only after the new one is complete.
+
+    The newest `keep_last` stay, and those whose step is a multiple of `keep_every`. Raises CheckpointError if the file system refuses;
+    the checkpoints before are then as they were.
+    """
     final = folder / f"step_{checkpoint.step:08d}"
-    partial = final.with_suffix(".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    flat = {f"{adapter}/{name}": value for adapter, tensors in checkpoint.adapters.items() for name, value in tensors.items()}
-    save_file(flat, partial / _ADAPTERS)
-    save_file(checkpoint.optimizer, partial / _OPTIMIZER)
-    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, "updates": checkpoint.updates, "history": checkpoint.history}))
-    manifest = {
-        name: {"bytes": (partial / name).stat().st_size, "sha256": _sha256(partial / name)} for name in (_ADAPTERS, _OPTIMIZER, _STATE)
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (*partial.iterdir(), partial):
-        fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(partial, final)
-    fsync(folder)
-    for old in _complete(folder)[keep_last:]:
-        shutil.rmtree(old)
+    partial = final.with_suffix(_PARTIAL)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_partial(folder)
+        partial.mkdir()
+        _write(partial, checkpoint)
+        _remove(final)  # a damaged one that was passed over
+        os.replace(partial, final)
+        fsync(folder)
+        _prune(folder, keep_last, keep_every)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{final} cannot be saved: {error}; the checkpoints before it are untouched") from error
     return final
 
 
@@ -69,25 +76,77 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint. Raises CheckpointError, naming the file, if any file differs from the manifest."""
+    """Read one checkpoint. Raises CheckpointError, naming the file, if any file differs from the manifest or is of another format."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: {error}") from error
-    for name in (_ADAPTERS, _OPTIMIZER, _STATE):
-        if not (path / name).is_file() or name not in manifest or _sha256(path / name) != manifest[name]["sha256"]:
+        checksums = {name: str(entry["sha256"]) for name, entry in json.loads((path / MANIFEST).read_text()).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error!r}") from error
+    for name in _NAMES:
+        if not (path / name).is_file() or name not in checksums or _sha256(path / name) != checksums[name]:
             raise CheckpointError(f"{path / name} is missing or does not match its checksum")
-    state = json.loads((path / _STATE).read_text())
+    flat, optimizer = _read_tensors(path / _ADAPTERS), _read_tensors(path / _OPTIMIZER)
     adapters: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(path / _ADAPTERS).items():
+    for key, value in flat.items():
         adapter, _, name = key.partition("/")
         adapters.setdefault(adapter, {})[name] = value
-    return Checkpoint(state["step"], adapters, load_file(path / _OPTIMIZER), state["updates"], state["history"])
+    try:
+        state = json.loads((path / _STATE).read_text())
+        counts = [{str(role): int(count) for role, count in state.get(key, {}).items()} for key in ("updates", "skipped", "in_a_row")]
+        history = [{str(name): float(value) for name, value in row.items()} for row in state.get("history", [])]
+        return Checkpoint(int(state["step"]), adapters, optimizer, *counts, history=history)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / _STATE} is not the state of a checkpoint: {error!r}") from error
+
+
+def _write(partial: Path, checkpoint: Checkpoint) -> None:
+    flat = {f"{adapter}/{name}": value for adapter, tensors in checkpoint.adapters.items() for name, value in tensors.items()}
+    save_file(flat, partial / _ADAPTERS)
+    save_file(checkpoint.optimizer, partial / _OPTIMIZER)
+    counts = {"updates": checkpoint.updates, "skipped": checkpoint.skipped, "in_a_row": checkpoint.in_a_row}
+    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **counts, "history": checkpoint.history}))
+    with ThreadPoolExecutor(2 * len(_NAMES)) as pool:  # reading for the checksums while the disk is busy with the flush
+        flushed = [pool.submit(fsync, partial / name) for name in _NAMES]
+        checksums = pool.map(_sha256, [partial / name for name in _NAMES])
+        manifest = {
+            name: {"bytes": (partial / name).stat().st_size, "sha256": sha256} for name, sha256 in zip(_NAMES, checksums, strict=True)
+        }
+        for flush in flushed:
+            flush.result()
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for path in (partial / MANIFEST, partial):
+        fsync(path)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
 
 
 def _complete(folder: Path) -> list[Path]:
     """Checkpoints from the newest to the oldest, half-written ones left out."""
-    return sorted((path for path in folder.glob("step_*") if path.suffix != ".tmp"), reverse=True)
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), reverse=True)
+
+
+def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    for old in _complete(folder)[keep_last:]:
+        if keep_every is None or int(old.name.removeprefix("step_")) % keep_every:
+            _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """By way of the temporary name: a removal that is cut short leaves nothing that looks complete."""
+    if path.exists():
+        doomed = path.with_suffix(_PARTIAL + ".old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def _remove_partial(folder: Path) -> None:
+    for left in folder.glob(f"step_*{_PARTIAL}*"):
+        shutil.rmtree(left)
 
 
 def _sha256(path: Path) -> str:

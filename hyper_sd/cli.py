@@ -13,25 +13,28 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from hyper_sd.paths import config_dir
 from hyper_sd.structured import nearest
 
 FREE_TEXT = ("prompt", "data.path")  # commas and braces in the values of these keys are meant literally
+HYDRAS_OWN = ("hydra._internal.", "hydra.experimental.callbacks.", "hydra_plugins.")
 TRACEBACK = "HYPER_SD_TRACEBACK"
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make `main(cfg)` a command: `configs/<config_name>.yaml` and the overrides of the command line, composed by Hydra.
 
-    Overrides are checked before Hydra sees them. A ValueError raised by this package is printed as one line, exit code 2.
+    Overrides are checked before Hydra sees them. A ValueError or FloatingPointError raised by this package is
+    printed as one line, exit code 2.
     """
 
     def decorate(main: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -39,7 +42,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
         def job(cfg: DictConfig) -> None:
             try:
                 main(cfg)
-            except ValueError as error:
+            except (ValueError, FloatingPointError) as error:
                 if os.environ.get(TRACEBACK) or not _is_ours(error):
                     traceback.print_exc()
                     raise SystemExit(1) from None
@@ -75,9 +78,28 @@ def compose(config_name: str, overrides: Sequence[str], args: argparse.Namespace
     search = [f"hydra.searchpath=[file://{extra}]"] if extra else []
     with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         try:
-            return hydra.compose(config_name, overrides=[*search, *overrides])
+            cfg = hydra.compose(config_name, overrides=[*search, *overrides], return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
             fail(_explain(config_name, overrides, search) or _first_lines(error))
+        except yaml.YAMLError as error:
+            fail(f"a yaml file cannot be read, or asks for more than plain values: {_first_lines(error)}")
+    refuse_foreign_code(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def refuse_foreign_code(cfg: DictConfig) -> None:
+    """End the program if a yaml file has Hydra call what is not its own, or write files. Our own sections are checked in config.py."""
+    if cfg.hydra.run.dir != "." or cfg.hydra.output_subdir is not None:
+        fail("hydra.run.dir and hydra.output_subdir cannot be changed: everything is written into run.dir")
+    nodes: list[tuple[str, Any]] = [("hydra", OmegaConf.to_container(cfg.hydra, resolve=False))]
+    while nodes:
+        key, node = nodes.pop()
+        if isinstance(node, dict | list):
+            nodes += [(f"{key}.{name}", item) for name, item in (node.items() if isinstance(node, dict) else enumerate(node))]
+        elif key.rpartition(".")[2] in ("_target_", "()", "class") and not str(node).startswith(HYDRAS_OWN):
+            fail(f"{key}: got {node!r}; only what Hydra itself defines may be named there")
 
 
 def multirun(config_name: str, args: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ A wrong type, an unknown key or a missing value is a ValueError that names the f
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -28,9 +29,10 @@ from hyper_sd.structured import (
 
 @dataclass(frozen=True, kw_only=True)
 class RunDirConfig:
-    """`dir` is relative to the current directory."""
+    """`dir` is relative to the current directory; `accept_changed` names keys that may differ from what the run began with."""
 
     dir: str
+    accept_changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ class LrSchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How a step is computed and when it is saved; the keys are explained in configs/engine/default.yaml."""
+    """How a step is computed, when it is saved and what faults do; the keys are explained in configs/engine/default.yaml."""
 
     gradient_checkpointing: bool
     accumulation: Count
@@ -120,6 +122,11 @@ class EngineConfig:
     keep_last: Count
     cpu_threads: Count | None
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    keep_every: Count | None = None
+    on_save_error: Literal["stop", "continue"] = "stop"
+    max_bad_steps: Count = 10
+    max_seconds: Positive | None = None
+    timeout_seconds: Positive = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +283,9 @@ def run_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 
 def _nest_methods(nodes: Any, key: str) -> dict[str, Any]:
+    for name in nodes or {}:
+        if not re.fullmatch(r"\w[\w.=-]*", str(name)):
+            raise ValueError(f"{key}: {name!r} names a directory of the run, so only letters, digits and _ . = - are allowed in it")
     return {name: _nest_method(node, f"{key}.{name}") for name, node in (nodes or {}).items()}
 
 

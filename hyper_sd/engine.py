@@ -3,13 +3,12 @@
 `Engine` is what the loop sees; plain_engine.py and deepspeed_engine.py are the two ways to do it. The network is never wrapped.
 """
 
-import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
+import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -40,7 +39,7 @@ class Engine(Processes, ABC):
     collective_forward = False  # whether a call of the network is answered only where every process makes it
 
     def __init__(self, config: EngineConfig):
-        super().__init__(config.cpu_threads)
+        super().__init__(config.cpu_threads, config.timeout_seconds)
         self.config = config
         self._trained: dict[Role, Trained] = {}
 
@@ -92,7 +91,10 @@ class Engine(Processes, ABC):
         self._backward(role, loss / self.config.accumulation, last=trained.pending == self.config.accumulation)
 
     def step(self, role: Role) -> Tensor:
-        """Mean of the gradients over processes, clipping, one optimizer step. Returns the gradient norm before clipping."""
+        """Mean of the gradients over processes, clipping, one optimizer step. Returns the gradient norm before clipping.
+
+        Where the norm is not finite, in all processes alike then, the update is skipped; the learning rate schedule goes on.
+        """
         trained = self._trained[role]
         norm = self._step(role)
         trained.scheduler.step()
@@ -155,22 +157,35 @@ class Engine(Processes, ABC):
         """Set the Adam moments, by moment and parameter, and Adam's own count of updates."""
 
 
-class StopSignal:
-    """Whether Ctrl-C or SIGTERM has arrived; a second one ends the process at once."""
+def step_where(good: Tensor, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> None:
+    """One optimizer step where `good`; elsewhere parameters and moments keep their values and only the count of steps moves on.
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    Decided on the device of `good`, so that the host does not wait for an accelerator.
+    """
+    if good.device.type == "cpu" and good:
+        optimizer.step()
+        return
+    before = Before(optimizer, params)
+    optimizer.step()
+    before.restore_unless(good)
 
-    @contextmanager
-    def caught(self) -> Iterator["StopSignal"]:
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
+class Before:
+    """Copies of tensors and of an optimizer's moments, taken before a step that may turn out not to be wanted."""
+
+    def __init__(self, optimizer: Optimizer, params: Sequence[nn.Parameter], others: Sequence[Tensor] = ()):
+        self._optimizer, self._params = optimizer, params
+        self._values = [(tensor, tensor.detach().clone()) for tensor in (*params, *others)]
+        self._moments = [{name: optimizer.state[param][name].clone() for name in self._names(param)} for param in params]
+
+    def restore_unless(self, good: Tensor) -> None:
+        """Put the copies back where not `good`, a scalar; moments that were not there before become 0."""
+        for tensor, value in self._values:
+            torch.where(good.to(tensor.device), tensor.detach(), value, out=tensor.data)
+        for param, moments in zip(self._params, self._moments, strict=True):
+            for name in self._names(param):
+                now = self._optimizer.state[param][name]
+                torch.where(good.to(now.device), now, moments.get(name, torch.zeros_like(now)), out=now)
+
+    def _names(self, param: nn.Parameter) -> list[str]:
+        return [name for name in MOMENTS if name in self._optimizer.state[param]]

@@ -10,9 +10,13 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write `content` under the name `path`; what was there before stays until the new file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    fsync(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content)
+        fsync(partial)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from hyper_sd.config import EvalConfig, GuardConfig
 from hyper_sd.files import write_json
-from hyper_sd.loop import Job
+from hyper_sd.job import Job
 from hyper_sd.measure import HELDOUT, Draw
 from hyper_sd.objective import WeightedReward
 from hyper_sd.processes import Processes

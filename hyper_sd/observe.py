@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hyper_sd.config import RunConfig
 from hyper_sd.engine import Engine
-from hyper_sd.loop import Job
+from hyper_sd.job import Job
 from hyper_sd.measure import Draw, teacher_guidance
 from hyper_sd.report import save_grid
 from hyper_sd.roles import Role
@@ -51,6 +51,11 @@ class Recorder:
     def finished(self, job: Job, step: int) -> None:
         self._show_grid(job, step)
 
+    def saved(self, job: Job, step: int, seconds: float, num_bytes: int) -> None:
+        if self._engine.is_main:
+            cost = {"checkpoint_s": round(seconds, 4), "checkpoint_bytes": num_bytes}
+            self._folder.append_metrics({"run_step": job.first_step + step, "stage": job.plan.name, "step": step, **cost})
+
     def close(self) -> None:
         if self._tracker is not None:
             self._tracker.close()
@@ -59,8 +64,9 @@ class Recorder:
         if self._tracker is not None or self._engine.collective_forward:
             columns = self._columns(job)
             if self._tracker is not None:
-                save_grid(job.folder / "grid.png", columns, self._draw.prompts)
-                self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
+                with self._folder.informing("grid.png"):
+                    save_grid(job.folder / "grid.png", columns, self._draw.prompts)
+                    self._tracker.image(f"{job.plan.name}/grid", job.folder / "grid.png", job.first_step + step)
         self._engine.barrier()
 
     def _columns(self, job: Job) -> dict[str, Tensor]:

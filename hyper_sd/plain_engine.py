@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from hyper_sd.config import EngineConfig
-from hyper_sd.engine import Engine
+from hyper_sd.engine import Engine, step_where
 from hyper_sd.roles import Role
 
 BUCKET_BYTES = 25 * 2**20  # of float32 gradients; smaller buckets travel earlier, larger ones faster
@@ -44,8 +44,9 @@ class PlainEngine(Engine):
         if role in self._means:
             self._means[role].finish()
         limit = trained.max_grad_norm if trained.max_grad_norm is not None else float("inf")
-        norm = nn.utils.clip_grad_norm_(trained.params.values(), limit)
-        trained.optimizer.step()
+        params = list(trained.params.values())
+        norm = nn.utils.clip_grad_norm_(params, limit)
+        step_where(norm.isfinite(), trained.optimizer, params)
         trained.optimizer.zero_grad(set_to_none=True)
         return norm
 

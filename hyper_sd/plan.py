@@ -1,6 +1,7 @@
 """A run: the stages of the plan one after the other, the adapter handed on from each to the next, then the report."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from hyper_sd.config import RunConfig, StagePlan
 from hyper_sd.data import BadSamples, Source, build_source
 from hyper_sd.denoiser import Denoiser
-from hyper_sd.engine import Engine, StopSignal
+from hyper_sd.engine import Engine
 from hyper_sd.engines import start_engine
 from hyper_sd.evaluate import evaluate_run
 from hyper_sd.export import export_lora, fixed_inputs, lora_info, save_parts
 from hyper_sd.files import replace_file
 from hyper_sd.guard import BEST, GUARD_DRAW, HeldOutGuard
-from hyper_sd.loop import Feed, Job, fit
+from hyper_sd.job import Feed, Job
+from hyper_sd.loop import fit
 from hyper_sd.lora_file import inspect_lora, read_lora
 from hyper_sd.measure import NUM_GRID, check_judge, make_draw
 from hyper_sd.merge import merge_role
@@ -29,8 +31,10 @@ from hyper_sd.rewards import build_reward
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
+from hyper_sd.stop import Stop
 from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, TeacherFacts, base_dtype, inspect_teacher, load_pipeline, load_teacher
+from hyper_sd.watchdog import LostProcess, Watchdog
 
 LORA = "lora.safetensors"
 
@@ -38,36 +42,44 @@ LORA = "lora.safetensors"
 def run_plan(config: RunConfig) -> None:
     """Train every stage that is not finished, export each, evaluate. Everything that can be refused is refused before weights load."""
     engine = start_engine(config.engine)
-    run = train_plan(config, engine)
-    if run is not None:
-        if engine.is_main:
-            run.folder.write_status("evaluating", engine=engine.facts)
-        run.evaluate()
-        if engine.is_main:
-            run.folder.write_status("finished", engine=engine.facts)
+    with open_run(config, engine) as run:
+        if run.train_or_stop():
+            if engine.is_main:
+                run.folder.write_status("evaluating", engine=engine.facts)
+            run.evaluate()
+            if engine.is_main:
+                run.folder.write_status("finished", engine=engine.facts)
     engine.close()
 
 
-def train_plan(config: RunConfig, engine: Engine) -> "Run | None":
-    """The finished run; None if a stop signal ended it first, after everything was saved."""
+def train_plan(config: RunConfig, engine: Engine) -> bool:
+    """Whether every stage is finished; False if the run was told to stop before, after everything was saved."""
+    with open_run(config, engine) as run:
+        return run.train_or_stop()
+
+
+@contextmanager
+def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
+    """A checked plan in its directory, which no other run may use meanwhile. What ends it by an error is noted in run.json."""
     facts = inspect_teacher(config.teacher)
     stages = check_plan(config, facts)
     for name, plan in config.selected.items():
         check_work(engine, plan, stages[name])
     source = build_source(config.data, seed=config.seed, image_size=facts.image_size, fingerprint=facts.fingerprint)
     check_groups(config, source)
-    folder = RunFolder(config)
+    folder = RunFolder(config, facts.fingerprint)
     engine.barrier()  # every process has looked at the directory before one writes to it
     if engine.is_main:
         folder.create(config)
     run = Run(config, facts, stages, engine, source, folder)
-    with StopSignal().caught() as stop:
-        if run.train(stop):
-            return run
-    if engine.is_main:
-        folder.write_status("interrupted", signal=stop.received, engine=engine.facts)
-        print(f"\nstopped by {stop.received}; everything is saved. {folder.path / 'run.json'} says what to type to go on", flush=True)
-    return None
+    try:
+        yield run
+    except Exception as error:
+        if engine.is_main or isinstance(error, LostProcess):
+            run.note_failure(str(error))
+        raise
+    finally:
+        folder.release()
 
 
 def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
@@ -204,8 +216,26 @@ class Run:
         """What exports are checked in."""
         return load_pipeline(self.config.teacher, self.teacher.dtype)
 
-    def train(self, stop: StopSignal) -> bool:
-        """Returns False if a stop signal came before the last stage was finished."""
+    def train_or_stop(self) -> bool:
+        """Returns False, with everything saved, if the run was told to stop before the last stage was finished."""
+        limits = self.config.engine
+        with (
+            Stop(limits.max_seconds, since=self.engine.started).caught() as stop,
+            Watchdog(self.engine, limits.timeout_seconds, self.note_failure) as watchdog,
+        ):
+            if self.train(stop, watchdog):
+                return True
+        if self.engine.is_main:
+            reason = stop.received or "a signal to another process"
+            self.folder.write_status("interrupted", stopped_by=reason, engine=self.engine.facts)
+            print(f"\nstopped by {reason}; everything is saved. {self.folder.path / 'run.json'} says what to type to go on", flush=True)
+        return False
+
+    def note_failure(self, message: str) -> None:
+        self.folder.write_status("failed", error=message, engine=self.engine.facts)
+
+    def train(self, stop: Stop, watchdog: Watchdog) -> bool:
+        """Returns False if `stop` ended it before the last stage was finished."""
         handed = Path(self.config.init) if self.config.init is not None else None
         self.source.check(self.teacher)
         bad = BadSamples(self.folder.path / "bad_samples.jsonl", self.config.data.max_bad_fraction)
@@ -220,7 +250,7 @@ class Run:
             if name in self.unfinished:
                 self._start_from(handed, self.stages[name])
                 job = Job(self.stages[name], plan, self.context, feed, folder, first_step, first_position, self._guard(name, plan))
-                if not fit(job, self.engine, stop, recorder):
+                if not fit(job, self.engine, stop, recorder, watchdog):
                     return False
                 self._export(name)
                 self.engine.barrier()

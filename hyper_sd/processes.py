@@ -1,7 +1,9 @@
 """The processes of a command as the launcher started them, and what they tell each other."""
 
 import os
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,22 +14,27 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from hyper_sd.launcher import CONFIGS, Launch
 
+_GRACE_S = 60.0  # the watchdog (watchdog.py) can say more than a collective that times out, so it comes first
+
 
 class Processes:
     """This process among all. Raises ValueError if processes, engine or backend are not what the launcher was told.
 
-    `cpu_threads` are torch's threads where there is no GPU; None: the machine's cores, shared between its processes.
+    `cpu_threads` are torch's threads where there is no GPU; None: the machine's cores, shared between its processes. Who waits for
+    another process longer than `timeout_s` fails.
     """
 
-    def __init__(self, cpu_threads: int | None = None):
+    def __init__(self, cpu_threads: int | None = None, timeout_s: float = 1800.0):
+        self.started = time.monotonic()
         launch = Launch.read(os.environ)
         on_cpu = not torch.cuda.is_available()
-        self.accelerator = _accelerator(launch, on_cpu)
+        self.accelerator = _accelerator(launch, on_cpu, timedelta(seconds=timeout_s + _GRACE_S))
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.verify(launch)
         if on_cpu:
             torch.set_num_threads(cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
         self.device = self.accelerator.device
+        self._votes = dist.new_group(backend="gloo") if self.world_size > 1 and dist.get_backend() != "gloo" else None
 
     @property
     def is_main(self) -> bool:
@@ -68,11 +75,11 @@ class Processes:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process, so that all decide alike."""
+        """Whether the flag is set in any process, so that all decide alike. Hosts ask each other; no device is waited for."""
         if self.world_size == 1:
             return flag
-        votes = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(votes)
+        votes = torch.tensor(float(flag))
+        dist.all_reduce(votes, group=self._votes)
         return votes.item() > 0
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
@@ -105,12 +112,12 @@ class Processes:
             raise ValueError(f"the processes talk over {_backend()}, expected {expected}; use one of {CONFIGS}")
 
 
-def _accelerator(launch: Launch, on_cpu: bool) -> Accelerator:
+def _accelerator(launch: Launch, on_cpu: bool, timeout: timedelta) -> Accelerator:
     if not launch.zero_stage:
-        return Accelerator(cpu=on_cpu)
+        return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     if on_cpu:  # Accelerator(cpu=True) would leave DeepSpeed out
         os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", DS_ACCELERATOR="cpu")
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu else [])
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)])
     unset_hf_deepspeed_config()  # else transformers would divide every text encoder it loads from now on, and nothing would join it
     return accelerator
 

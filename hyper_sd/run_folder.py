@@ -6,39 +6,56 @@ import resource
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+import psutil
 
 from hyper_sd.config import RunConfig
-from hyper_sd.files import write_json
+from hyper_sd.files import replace_file, write_json
+from hyper_sd.lock import LOCK, Lock
+from hyper_sd.resume import CONFIG, accepted_changes, config_to_yaml
 
 _STATUS_EVERY_S = 5.0
 
 
 class RunFolder:
-    """Only the main process writes. Raises ValueError, before anything is written, for a directory that may not be used."""
+    """Only the main process writes. Raises ValueError, before anything is written, for a directory that may not be used.
 
-    def __init__(self, config: RunConfig):
+    `base` is the teacher's fingerprint. Once the run has begun, a file that only informs and cannot be written is reported and left out.
+    """
+
+    def __init__(self, config: RunConfig, base: Mapping[str, str]):
         self.path = Path(config.run.dir)
+        self._lock = Lock(self.path)
         self._refuse(config)
         earlier = self._read_status()
+        self._changed: list[str] = list(earlier.get("changed", []))
+        if config.resume == "auto":
+            self._changed += accepted_changes(self.path, config, base, earlier.get("base", {}))
+        self._base = dict(base)
         self._started = self._written = time.monotonic()
         self._wall_s = float(earlier.get("wall_s", 0.0))
         self._peak_rss = int(earlier.get("peak_rss_bytes", 0))
         self.resumed_from: list[int] = list(earlier.get("resumed_from", []))
         self.metrics = self.path / "metrics.jsonl"
+        self._reported: set[str] = set()
 
     def create(self, config: RunConfig) -> None:
-        text = yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+        """Take the directory for this process; `release` gives it back."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.yaml").write_text(text)
+            self._lock.take()
+            replace_file(self.path / CONFIG, config_to_yaml(config).encode())
         except OSError as error:
+            self.release()
             raise ValueError(f"run.dir={self.path} cannot be written: {error}; set another run.dir") from error
         self.write_status("running")
+
+    def release(self) -> None:
+        self._lock.release()
 
     @property
     def wall_s(self) -> float:
@@ -56,12 +73,16 @@ class RunFolder:
         content = {
             "status": status,
             **facts,
-            "continue": None if status == "finished" else _continue_command(),
+            "continue": None if status == "finished" else continue_command(),
+            "directory": os.getcwd(),
             "resumed_from": self.resumed_from,
+            "changed": self._changed,
+            "base": self._base,
             "wall_s": round(self.wall_s, 1),
             "peak_rss_bytes": self.peak_rss_bytes,
         }
-        write_json(self.path / "run.json", content)
+        with self.informing("run.json"):
+            write_json(self.path / "run.json", content)
         self._written = time.monotonic()
 
     def keep_status(self, **facts: Any) -> None:
@@ -70,26 +91,43 @@ class RunFolder:
             self.write_status("running", **facts)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        """A row that does not fit on the disk any more leaves no half of it."""
+        with self.informing("metrics.jsonl"), self.metrics.open("ab", buffering=0) as file:
+            line, end = (json.dumps(row) + "\n").encode(), file.tell()
+            try:
+                if file.write(line) != len(line):
+                    raise OSError("the disk is full")
+            except OSError:
+                file.truncate(end)
+                raise
 
     def rewind_metrics(self, step: int) -> None:
         """Drop rows after the run's step `step`, which will be written again."""
-        if not self.metrics.exists():
-            return
-        kept = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
-        partial = self.metrics.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(partial, self.metrics)
+        with self.informing("metrics.jsonl"):
+            lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+            kept = [line for line in lines if _step_of(line) <= step]
+            if len(kept) < len(lines):
+                replace_file(self.metrics, "".join(f"{line}\n" for line in kept).encode())
+
+    @contextmanager
+    def informing(self, what: str) -> Iterator[None]:
+        """For writing what people read: no reason to end a training, but one to say so, once."""
+        try:
+            yield
+        except OSError as error:
+            if what not in self._reported:
+                print(f"{self.path}: {what} cannot be written: {error}; training goes on without it", file=sys.stderr, flush=True)
+            self._reported.add(what)
 
     def _refuse(self, config: RunConfig) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run.dir={self.path} is a file; give a directory")
-        if config.resume == "never" and self.path.exists() and any(self.path.iterdir()):
-            raise ValueError(f"run.dir={self.path} is not empty and resume=never; set resume=auto to go on with it, or another run.dir")
         parent = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not os.access(parent, os.W_OK):
             raise ValueError(f"run.dir={self.path} cannot be written: no permission in {parent}; set another run.dir")
+        self._lock.refuse()
+        if config.resume == "never" and self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
+            raise ValueError(f"run.dir={self.path} is not empty and resume=never; set resume=auto to go on with it, or another run.dir")
 
     def _read_status(self) -> dict[str, Any]:
         try:
@@ -98,22 +136,28 @@ class RunFolder:
             return {}
 
 
-def _continue_command() -> str:
-    """The command line of this process, as it must be typed to go on."""
-    overrides = [argument for argument in sys.argv[1:] if not argument.startswith("resume=")]
-    words = [*sys.argv[:1], *overrides, "resume=auto"]
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else [Path(sys.executable).name]
-    return shlex.join([*launcher, *words])
+def continue_command() -> str:
+    """The command line that started this process, launcher and all, as it must be typed to go on."""
+    script, *arguments = sys.argv
+    overrides = [argument for argument in arguments if not argument.startswith("resume=")]
+    return shlex.join([*_words_before(script), script, *overrides, "resume=auto"])
+
+
+def _words_before(script: str) -> list[str]:
+    """The interpreter, or the launcher with its options: what stands before the script in the command of the parent, or of this process."""
+    own = psutil.Process()
+    for process in (own.parent(), own):
+        try:
+            words = process.cmdline() if process is not None else []
+        except psutil.Error:
+            continue
+        if script in words[1:]:
+            return words[: words.index(script, 1)]
+    return [sys.executable]
 
 
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["run_step"])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return sys.maxsize  # half a line: the process was killed while it wrote
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,7 +1,6 @@
 """Whole training runs on a tiny teacher: in this process, or as a user starts them."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -61,11 +60,6 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", ti
         assert process.poll() is None, f"ended early: {process.communicate()[0][-3000:]}"
         assert time.monotonic() < until, "waited too long"
         time.sleep(0.005)
-
-
-def kill(process: "subprocess.Popen[str]") -> None:
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 def adapters(run_dir: Path) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from hyper_sd.data import storage
 from hyper_sd.data.bad import FEWEST
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import MANIFEST, Manifest
-from hyper_sd.engine import StopSignal
 from hyper_sd.files import write_json
 from hyper_sd.lora_file import DTYPES
 from hyper_sd.prepare.filters import Candidate, Size, buckets, examine
@@ -29,6 +28,7 @@ from hyper_sd.prepare.shards import PartName, PartWriter, caption_hash, finished
 from hyper_sd.processes import Processes
 from hyper_sd.randomness import fold
 from hyper_sd.sample import own_samples
+from hyper_sd.stop import Stop
 from hyper_sd.teachers import Teacher, base_dtype, inspect_teacher, load_teacher
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     teacher = load_teacher(cfg.teacher, processes.device, base_dtype(cfg.teacher, processes.device))
     since = time.monotonic()
     if not (out / MANIFEST).is_file():
-        with StopSignal().caught() as stop:
+        with Stop().caught() as stop:
             own = range(processes.rank, len(parts), processes.world_size)
             if not Preparer(cfg, teacher, score, sizes, stop, processes.is_main).run(parts, own):
                 print(f"stopped by {stop.received}; the same command goes on", flush=True)
@@ -109,7 +109,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _all_there(out: Path, num_units: int, stop: StopSignal) -> bool:
+def _all_there(out: Path, num_units: int, stop: Stop) -> bool:
     """Wait for the other processes: for as long as it takes, which no collective does. False if a stop signal came."""
     for unit in range(num_units):
         while not ((parts := finished(out, unit)) and parts[-1].last):
@@ -127,7 +127,7 @@ class Preparer:
     teacher: Teacher
     score: Score | None
     sizes: list[Size]
-    stop: StopSignal
+    stop: Stop
     shows: bool
     _num_read: int = field(default=0, init=False)
     _num_bad: int = field(default=0, init=False)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hyper_sd.lora_file import inspect_lora
-from tests.runs import ROOT, STAGES, TSCD_STAGES
+from tests.runs import ROOT, STAGES, TSCD_STAGES, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -120,3 +122,19 @@ def test_a_second_run_in_the_same_directory_is_refused_and_resume_does_no_work(s
     before = (smoke / "report.json").read_bytes()
     run("train", "recipe=smoke", f"run.dir={smoke}", "resume=auto", cwd=tmp_path)
     assert (smoke / "report.json").read_bytes() == before
+
+
+def test_ctrl_c_and_a_second_run_beside_the_first(tmp_path: Path) -> None:
+    run_dir, one_stage = tmp_path / "run", ("only=[tscd_8]", "eval.prompts=0", "stages.tscd_8.max_steps=2000")
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "recipe=smoke", f"run.dir={run_dir}", *one_stage]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for((run_dir / "tscd_8" / "checkpoints" / "step_00000002").exists, first)
+    second = subprocess.run([*command, "resume=auto"], env=environment, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2 and f"run.dir={run_dir} is in use by process {first.pid} on " in second.stderr
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output[-2000:]
+    status = json.loads((run_dir / "run.json").read_text())
+    assert (status["status"], status["stopped_by"]) == ("interrupted", "SIGINT")
+    assert status["continue"] == shlex.join([*command, "resume=auto"]) and not (run_dir / "lock.json").exists()

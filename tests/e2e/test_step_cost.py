@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks import checkpoint_cost, memory
 from benchmarks.passes import forward_equivalents, judged
 from benchmarks.step_cost import Bench, parse
 
@@ -41,6 +41,14 @@ def test_all_roles_fit_beside_sdxl(backbone: str, limit: float) -> None:
     assert result["base"] == pytest.approx(2 * 2.567e9, rel=1e-3) and result["adapter student"] == 4 * 196_751_360
     assert 10e9 < result["resident"] < limit
     assert result["activations, gradient checkpointing"] < result["activations"] / 10
+
+
+def test_a_checkpoint_of_tscd_is_two_adapters_and_two_moments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    checkpoint_cost.main(["rank=4", "saves=2", "every=10", "step_s=0.5", f"folder={tmp_path}"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    adapter = memory.count(memory.Options(teacher="embedded", rank=4))["adapter student"]
+    assert 4 * adapter < result["bytes"] < 4 * adapter + 600_000  # the names of the tensors
+    assert result["share"] == pytest.approx(result["save_s"] / 5) and list(tmp_path.iterdir()) == []
 
 
 def test_unknown_key_names_the_nearest() -> None:

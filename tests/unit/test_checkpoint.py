@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -72,3 +73,45 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     manifest = json.loads((path / MANIFEST).read_text())
     assert set(manifest) == {file.name for file in path.iterdir()} - {MANIFEST}
     assert all(manifest[name]["bytes"] == (path / name).stat().st_size for name in manifest)
+
+
+def test_keep_every_keeps_more(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save_checkpoint(tmp_path, make(step), keep_last=1, keep_every=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000006", "step_00000007"]
+
+
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "saved", make(1), keep_last=1)
+    (tmp_path / "saved" / "step_00000002.tmp").write_text("no save leaves a file of this name")
+    with pytest.raises(CheckpointError, match=r"step_00000002 cannot be saved: .*before it are untouched"):
+        save_checkpoint(tmp_path / "saved", make(2), keep_last=1)
+    assert load_checkpoint(tmp_path / "saved" / "step_00000001").step == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be saved"):
+        save_checkpoint(tmp_path / "file", make(2), keep_last=1)
+
+
+def test_what_was_left_by_a_kill_is_cleared_away(tmp_path: Path) -> None:
+    for name in ("step_00000001.tmp", "step_00000003.tmp.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapters.safetensors").write_bytes(b"half")
+    save_checkpoint(tmp_path, make(5), keep_last=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000005"]
+
+
+def test_skipped_updates_are_counted_on(tmp_path: Path) -> None:
+    saved = Checkpoint(4, {}, {"a": torch.ones(1)}, {"student": 4}, skipped={"student": 3}, in_a_row={"student": 2})
+    loaded = load_checkpoint(save_checkpoint(tmp_path, saved, keep_last=1))
+    assert (loaded.updates, loaded.skipped, loaded.in_a_row) == ({"student": 4}, {"student": 3}, {"student": 2})
+
+
+@pytest.mark.parametrize("state", ['{"step": "x"}', "[]", '{"step": 1, "updates": 3}'])
+def test_a_state_of_another_form_is_named(state: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make(1), keep_last=1)
+    (path / "state.json").write_text(state)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["state.json"]["sha256"] = hashlib.sha256(state.encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        load_checkpoint(path)

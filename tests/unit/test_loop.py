@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from hyper_sd.loop import warn_of_collapse
+from hyper_sd.meter import warn_of_collapse
 
 
 @pytest.mark.parametrize(("variety", "warns"), [(0.9, False), (0.31, False), (0.2, True), (0.0, True)])

@@ -18,7 +18,7 @@ from hyper_sd.config import DataConfig
 from hyper_sd.data import BadSamples, build_source
 from hyper_sd.data.cache import CacheSource, Manifest
 from hyper_sd.data.images import decode, place
-from hyper_sd.loop import Feed
+from hyper_sd.job import Feed
 from hyper_sd.prepare.build import Score, prepare
 from hyper_sd.processes import Processes
 from hyper_sd.structured import resolved, structured

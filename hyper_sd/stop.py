@@ -1,0 +1,39 @@
+"""What ends a run early and in good order: Ctrl-C, SIGTERM, or the time that engine.max_seconds leaves it."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stop:
+    """Whether this process was told to stop, and by what; a second signal ends the process at once.
+
+    `max_seconds` count from `since`, a time of time.monotonic().
+    """
+
+    def __init__(self, max_seconds: float | None = None, *, since: float = 0.0) -> None:
+        self._signal: str | None = None
+        self._max_seconds, self._since = max_seconds, since
+
+    @property
+    def received(self) -> str | None:
+        """The signal's name, or the key whose time is over."""
+        if self._signal is None and self._max_seconds is not None and time.monotonic() - self._since > self._max_seconds:
+            return f"engine.max_seconds={self._max_seconds:g}"
+        return self._signal
+
+    @contextmanager
+    def caught(self) -> Iterator["Stop"]:
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt
+        self._signal = signal.Signals(number).name

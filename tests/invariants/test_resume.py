@@ -1,0 +1,91 @@
+"""What may change when a run goes on, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hyper_sd.checkpoint import latest_checkpoint
+from tests.runs import adapters, assert_same, train
+from tests.tiny import tiny_sd15
+
+SHORT = ("only=[tscd_8,tscd_4]", "stages.tscd_8.max_steps=2", "stages.tscd_4.max_steps=2")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sd15(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def straight(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(teacher, tmp_path_factory.mktemp("straight") / "run", *SHORT)
+
+
+@pytest.fixture
+def stopped(straight: Path, tmp_path: Path) -> Path:
+    """The straight run as it stood in the middle of its second stage."""
+    run_dir = shutil.copytree(straight, tmp_path / "run")
+    for file in (run_dir / "lora.safetensors", run_dir / "tscd_4" / "lora.safetensors"):
+        file.unlink()
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ("lora.rank=8", "lora.rank: 4 -> 8"),
+        ("lora.targets=[to_q,to_k]", "-> ['to_q', 'to_k']"),
+        ("stages.tscd_4.ema_decay=0.5", "stages.tscd_4.ema_decay: 0.95 -> 0.5"),
+        ("stages.tscd_4.optimizer.lr=0.5", "-> 0.5"),
+        ("data.batch_size=8", "stages.tscd_4.batch_size: 4 -> 8"),
+        ("seed=3", "seed: 0 -> 3"),
+        ("only=[tscd_8]", "only: ['tscd_8', 'tscd_4'] -> ['tscd_8']"),
+        ("~stages.score", "-> nothing"),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(change: str, values: str, teacher: Path, stopped: Path) -> None:
+    before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"holds a run with other settings") as error:
+        train(teacher, stopped, *SHORT, change, "resume=auto")
+    assert values in str(error.value) and f"'run.accept_changed=[{change.split('=')[0].strip('~')}"[:30] in str(error.value)
+    assert before == {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+
+
+def test_another_base_model_is_refused_even_at_the_same_path(teacher: Path, stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"teacher\.path: {teacher} -> {tmp_path / 'other'}"):
+        train(tiny_sd15(tmp_path / "other", seed=1), stopped, *SHORT, "resume=auto")
+    (tmp_path / "moved").mkdir()
+    other = tiny_sd15(tmp_path / "moved" / "teacher", prediction_type="v_prediction")
+    config = yaml.safe_load((stopped / "config.yaml").read_text())
+    config["teacher"]["path"] = str(other)
+    (stopped / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=r"teacher\.base\.prediction: eps -> v"):
+        train(other, stopped, *SHORT, "resume=auto")
+
+
+def test_what_is_accepted_is_noted_and_need_not_be_accepted_again(teacher: Path, stopped: Path) -> None:
+    change = "stages.tscd_4.ema_decay=0.5"
+    train(teacher, stopped, *SHORT, change, "run.accept_changed=[stages.tscd_4]", "resume=auto")
+    train(teacher, stopped, *SHORT, change, "resume=auto")
+    assert json.loads((stopped / "run.json").read_text())["changed"] == ["stages.tscd_4.ema_decay: 0.95 -> 0.5"]
+
+
+def test_how_and_where_it_runs_may_change(teacher: Path, straight: Path, stopped: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    stopped.rename(moved)
+    free = ("eval.steps=[1]", "engine.checkpoint_every_steps=50", "engine.max_seconds=1000", "engine.keep_last=5", "name=other")
+    train(teacher, moved, *SHORT, *free, "tracker=tensorboard", "resume=auto")
+    assert_same(adapters(straight), adapters(moved))
+
+
+def test_a_run_that_trained_nothing_yet_may_begin_anew(teacher: Path, tmp_path: Path) -> None:
+    first = train(teacher, tmp_path / "run", *SHORT, "engine.max_seconds=0.0001", "engine.on_save_error=stop")
+    saved = latest_checkpoint(first / "tscd_8" / "checkpoints")
+    status = json.loads((first / "run.json").read_text())
+    assert saved is not None and saved.step == 1
+    assert status["status"] == "interrupted" and status["stopped_by"] == "engine.max_seconds=0.0001"
+    shutil.rmtree(first / "tscd_8")
+    train(teacher, first, *SHORT, "seed=7", "resume=auto")
