@@ -33,6 +33,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 fix: $(STAMP)
+	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -126,6 +126,7 @@ class PrepareConfig:
     teacher: TeacherConfig
     buckets: BucketsConfig | None
     filters: FilterConfig
+    scorer: RewardConfig | None = None
     embeddings: bool
     dtype: Literal["fp32", "fp16", "bf16"]
     encode_batch: Count

@@ -53,7 +53,7 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     if cfg.buckets is not None and cfg.buckets.step % scale:
         raise ValueError(f"buckets.step={cfg.buckets.step} must be a multiple of {scale}, the VAE's pixels for one of the latent")
     if cfg.filters.min_aesthetic is not None and score is None:
-        raise ValueError(f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs something that scores images; set it to null")
+        raise ValueError(f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs a scorer, e.g. +reward@scorer=aesthetic; or set it to null")
     parts = units(cfg.data, cfg.shard_size)
     out, settings = Path(cfg.out), identity(cfg, parts)
     _claim(out, settings)
@@ -85,7 +85,7 @@ def identity(cfg: PrepareConfig, parts: list[Unit]) -> dict[str, Any]:
     data = {name: values["data"][name] for name in ("kind", "path", "caption_column", "image_column", "split", "subset", "revision")}
     if cfg.data.kind == "prompts":
         data["teacher_steps"] = cfg.data.teacher_steps
-    kept = ("buckets", "filters", "embeddings", "dtype", "shard_size", "seed", "teacher")
+    kept = ("buckets", "filters", "scorer", "embeddings", "dtype", "shard_size", "seed", "teacher")
     found = {"units": len(parts), "known_entries": sum(part.num_entries or 0 for part in parts)}
     data |= {"path": storage.shown(str(cfg.data.path))}
     return {"data": data, "found": found, **{name: values[name] for name in kept}}

@@ -9,7 +9,7 @@ import pytest
 
 from hyper_sd.processes import Processes
 from tests.dist.test_two_processes import LAUNCH
-from tests.runs import ROOT, finish, kill, wait_for
+from tests.runs import ROOT, finish, wait_for
 from tests.tiny import tiny_sd15
 from tests.unit.test_prepare import files_of, made, numbered
 
@@ -28,7 +28,8 @@ def test_killed_and_continued_by_two_processes_it_is_the_same_cache(tmp_path: Pa
     two, one = tmp_path / "two", tmp_path / "one"
     process = start(teacher, photos, two)
     wait_for(lambda: len(list(two.glob("*.tar"))) >= 2, process)
-    kill(process)
+    process.kill()
+    process.wait()
     assert not (two / "dataset.json").exists()
     printed = finish(start(teacher, photos, two, LAUNCH))
     assert "kept 40 of 40 (100.0%) in 10 shards" in printed and "train on it with: data=cache" in printed

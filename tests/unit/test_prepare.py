@@ -219,7 +219,7 @@ def test_what_scores_low_is_dropped(sd15: Path, tmp_path: Path, processes: Proce
     overrides = (f"data.path={folder}", "filters.min_aesthetic=6", "sheet=0")
     manifest = made(sd15, tmp_path / "cache", processes, *overrides, score=score)
     assert manifest.num_samples == 4 and manifest.dropped == {"filter: min_aesthetic": 6}
-    with pytest.raises(ValueError, match=r"filters.min_aesthetic=6.0 needs something that scores"):
+    with pytest.raises(ValueError, match=r"filters.min_aesthetic=6.0 needs a scorer"):
         made(sd15, tmp_path / "other", processes, *overrides)
 
 
