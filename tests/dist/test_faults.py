@@ -48,7 +48,7 @@ def test_a_rank_that_waits_for_its_samples_is_told_from_those_that_wait_for_it(t
     for number in range(8):
         write_photo(photos / f"{number}.png")
     data = ("data=folder", f"data.path={photos}", "data.batch_size=2")
-    with running(teacher, run_dir, *LONG, *data, "engine.timeout_seconds=3", world=2) as lives:
+    with running(teacher, run_dir, *LONG, *data, "engine.timeout_seconds=6", world=2) as lives:
         wait_until((run_dir / "tscd_8" / "checkpoints" / "step_00000002").exists, lives[0])
         pipe = photos / "pipe"
         os.mkfifo(pipe)  # nobody writes to it: who opens it to read waits for ever

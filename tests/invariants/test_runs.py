@@ -86,7 +86,7 @@ def test_score_and_discriminator_continued_in_the_middle_of_a_cycle_is_the_strai
     assert json.loads((again / "run.json").read_text())["resumed_from"] == [4 + 3]
     assert_same(adapters(straight), adapters(again))
     last = [load_checkpoint(run / "score" / "checkpoints" / "step_00000006").adapters for run in (straight, again)]
-    assert {"student", "target", "fake", "heads"} == last[0].keys()
+    assert {"student", "target", "fake", "consistency", "heads"} == last[0].keys()
     for name, tensors in last[0].items():
         assert_same(tensors, last[1][name])
 
