@@ -53,7 +53,9 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     if cfg.buckets is not None and cfg.buckets.step % scale:
         raise ValueError(f"buckets.step={cfg.buckets.step} must be a multiple of {scale}, the VAE's pixels for one of the latent")
     if cfg.filters.min_aesthetic is not None and score is None:
-        raise ValueError(f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs a scorer, e.g. +reward@scorer=aesthetic; or set it to null")
+        raise ValueError(
+            f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs a scorer, e.g. +reward@scorer=aesthetic; or set it to null"
+        )
     parts = units(cfg.data, cfg.shard_size)
     out, settings = Path(cfg.out), identity(cfg, parts)
     _claim(out, settings)
