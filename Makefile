@@ -3,11 +3,13 @@
 #   PYTHON=python3.12       the interpreter that the environment is made from (3.11 or newer)
 #   VENV=/somewhere/venv    where the environment lives
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    look for torch there too; its build 2.13.0+cpu goes before 2.13.0
+#   JOBS=2                  processes that share the tests
 #   ARGS="key=value ..."    overrides for demo and evaluate, options for pytest in test
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+JOBS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 LAUNCH := CUDA_VISIBLE_DEVICES= $(BIN)/accelerate launch --config_file configs/accelerate/cpu_2proc.yaml
@@ -24,7 +26,7 @@ evaluate: $(STAMP)
 	$(LAUNCH) scripts/evaluate.py run=outputs/demo $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
