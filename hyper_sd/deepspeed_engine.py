@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from hyper_sd.config import EngineConfig
-from hyper_sd.engine import Before, Engine
+from hyper_sd.engine import Engine
 from hyper_sd.roles import Role
 
 BUCKET = 2**24  # numbers in a reduce; DeepSpeed's own 5e8 would allocate 2 GB for each role
@@ -67,12 +67,15 @@ class DeepSpeedEngine(Engine):
 
     def _step(self, role: Role) -> Tensor:
         engine, trained = self._engines[role], self._trained[role]
-        (part,) = trained.optimizer.param_groups[0]["params"]
-        before = Before(trained.optimizer, [part], list(trained.params.values()))
         engine.step()
-        norm = torch.as_tensor(engine.get_global_grad_norm())
-        before.restore_unless(norm.isfinite())
-        return norm
+        if not engine.optimizer.overflow:
+            return torch.as_tensor(engine.get_global_grad_norm())
+        (part,) = trained.optimizer.param_groups[0]["params"]  # DeepSpeed has skipped the update, and Adam's count with it
+        if part in trained.optimizer.state:
+            trained.optimizer.state[part]["step"] += 1
+        else:
+            self._make_state(trained.optimizer, part, trained.updates + 1)
+        return torch.tensor(float("nan"))
 
     def _moment(self, role: Role, param: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state

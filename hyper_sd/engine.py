@@ -165,27 +165,17 @@ def step_where(good: Tensor, optimizer: Optimizer, params: Sequence[nn.Parameter
     if good.device.type == "cpu" and good:
         optimizer.step()
         return
-    before = Before(optimizer, params)
+    before = [
+        (param, param.detach().clone(), {m: optimizer.state[param][m].clone() for m in _moments(optimizer, param)}) for param in params
+    ]
     optimizer.step()
-    before.restore_unless(good)
+    for param, value, moments in before:
+        torch.where(good, param.detach(), value, out=param.data)
+        for name in _moments(optimizer, param):
+            now = optimizer.state[param][name]
+            torch.where(good, now, moments.get(name, torch.zeros_like(now)), out=now)
 
 
-class Before:
-    """Copies of tensors and of an optimizer's moments, taken before a step that may turn out not to be wanted."""
-
-    def __init__(self, optimizer: Optimizer, params: Sequence[nn.Parameter], others: Sequence[Tensor] = ()):
-        self._optimizer, self._params = optimizer, params
-        self._values = [(tensor, tensor.detach().clone()) for tensor in (*params, *others)]
-        self._moments = [{name: optimizer.state[param][name].clone() for name in self._names(param)} for param in params]
-
-    def restore_unless(self, good: Tensor) -> None:
-        """Put the copies back where not `good`, a scalar; moments that were not there before become 0."""
-        for tensor, value in self._values:
-            torch.where(good.to(tensor.device), tensor.detach(), value, out=tensor.data)
-        for param, moments in zip(self._params, self._moments, strict=True):
-            for name in self._names(param):
-                now = self._optimizer.state[param][name]
-                torch.where(good.to(now.device), now, moments.get(name, torch.zeros_like(now)), out=now)
-
-    def _names(self, param: nn.Parameter) -> list[str]:
-        return [name for name in MOMENTS if name in self._optimizer.state[param]]
+def _moments(optimizer: Optimizer, param: nn.Parameter) -> list[str]:
+    """Those an optimizer has for a parameter: none before its first step."""
+    return [name for name in MOMENTS if name in optimizer.state[param]]

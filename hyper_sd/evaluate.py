@@ -2,9 +2,8 @@
 
 A Fréchet distance depends on the number of images and has a floor, so quality is the gap: gap(n) = (FD - FD of the teacher) / (FD of the
 un-distilled teacher at min(n, 2) steps with its best guidance - FD of the teacher). That guidance, and eta and start timestep of the
-final adapter, are chosen by the lowest FD on a draw of their own (of the final adapter's alternatives, by those within 2 points of the best
-accuracy); without one, the guidance is the lowest on the evaluation itself,
-which can only make the gaps larger.
+final adapter, are chosen by the lowest FD on a draw of their own (`_best` says when the final adapter leaves what its file says); without
+one, the guidance is the lowest on the evaluation itself, which can only make the gaps larger.
 """
 
 import time
@@ -27,7 +26,7 @@ from hyper_sd.data import Source, build_source
 from hyper_sd.image_metrics import Figure, ImageMetrics, check_metrics, open_metrics
 from hyper_sd.lora_file import replace_recipe
 from hyper_sd.measure import HELDOUT, NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
-from hyper_sd.metrics import mean_and_error
+from hyper_sd.metrics import Jackknifed, mean_and_error
 from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, Sampler, read_recipe, recipe_to_json, tcd_row
@@ -252,7 +251,10 @@ def choose(
     if cfg.sweep_prompts and final is not None:
         jobs |= {(_FINAL, n, number): Job(final.file, row) for n in recipe for number, row in _variants(recipe[n]).items()}
     rows = evaluator.measure(jobs, draws, ends, metrics, title="choosing the samplers")
-    best = {group: _best({key: row for key, row in rows.items() if key[:2] == group}) for group in {key[:2] for key in rows}}
+    best = {
+        (owner, n): _best({key: row for key, row in rows.items() if key[:2] == (owner, n)}, recipe[n] if owner == _FINAL else None)
+        for owner, n in {key[:2] for key in rows}
+    }
     best[_TEACHER, cfg.teacher_steps] = _teacher_key(evaluator, cfg.teacher_steps, 1.0)  # given, not chosen
     return Choice(
         guidance={n: best[_TEACHER, n][2] for n in _UNDISTILLED},
@@ -265,16 +267,26 @@ def _teacher_key(evaluator: Evaluator, num_steps: int, share: float) -> Key:
     return _TEACHER, num_steps, 1 + share * (evaluator.guidance - 1)
 
 
-def _best(rows: Mapping[Key, Row]) -> Key:
-    """The lowest FD; for the final adapter among those that are nearly as often right as the best, since FD can gain from leaving
-    the caption."""
+def _best(rows: Mapping[Key, Row], own: Sampler | None = None) -> Key:
+    """The lowest FD. For the final adapter, whose file says `own`, among those that are nearly as often right as the best, since FD can
+    gain from leaving the caption; and `own` unless another is lower by more than a standard error of their difference."""
 
     def figure(key: Key, name: str) -> float:
         return rows[key].to_json()[name]
 
+    if own is None:
+        return min(rows, key=lambda key: figure(key, "frechet"))
     floor = max(figure(key, "accuracy") for key in rows) - _NEARLY_AS_RIGHT
-    eligible = [key for key in rows if key[0] != _FINAL or figure(key, "accuracy") >= floor]
-    return min(eligible, key=lambda key: figure(key, "frechet"))
+    eligible = [key for key in rows if figure(key, "accuracy") >= floor]
+    best = min(eligible, key=lambda key: figure(key, "frechet"))
+    stay = next((key for key in eligible if rows[key].sampler == own), None)
+    return best if stay is None or _is_lower(rows[best].frechet, rows[stay].frechet) else stay
+
+
+def _is_lower(one: Jackknifed | None, other: Jackknifed | None) -> bool:
+    assert one is not None and other is not None
+    difference = Jackknifed(one.value - other.value, one.without - other.without)
+    return difference.value < -difference.standard_error
 
 
 def _variants(row: Sampler) -> dict[float, Sampler]:

@@ -13,11 +13,12 @@ import pytest
 from hyper_sd.bad_steps import FILE
 from hyper_sd.checkpoint import latest_checkpoint
 from tests.lives import running, wait_until
-from tests.runs import ROOT, adapters, assert_same, start, train, wait_for
+from tests.runs import ROOT, adapters, assert_same, finish, start, train, wait_for
 from tests.shards import write_latents, write_photo
 from tests.tiny import tiny_sd15
 
 LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu_2proc.yaml"))
+ZERO2 = (*LAUNCH[:-1], str(ROOT / "configs" / "accelerate" / "deepspeed_zero2.yaml"), "--num_processes", "2", "--main_process_port", "0")
 LONG = ("only=[tscd_8]", "engine.checkpoint_every_steps=1", "stages.tscd_8.max_steps=500")
 
 
@@ -91,8 +92,10 @@ def test_a_sample_that_is_not_finite_in_one_rank_skips_the_update_in_all(teacher
         assert [life.end() for life in lives] == [0, 0]
     one = train(teacher, tmp_path / "one", *settings)
     assert_same(adapters(one), adapters(tmp_path / "two"), tolerance=5e-3)
-    skipped = [skipped_updates(run) for run in (one, tmp_path / "two")]
-    assert skipped == [2, 2]  # 32 samples are two epochs of 16
+    finish(start(teacher, tmp_path / "zero2", *settings, launcher=ZERO2))
+    assert_same(adapters(one), adapters(tmp_path / "zero2"), tolerance=5e-3)
+    skipped = [skipped_updates(run) for run in (one, tmp_path / "two", tmp_path / "zero2")]
+    assert skipped == [2, 2, 2]  # 32 samples are two epochs of 16
 
 
 @pytest.mark.slow

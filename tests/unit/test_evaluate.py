@@ -13,8 +13,9 @@ from hyper_sd.cli import compose
 from hyper_sd.commands import DiversityConfig, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
-from hyper_sd.evaluate import Evaluation, evaluate, evaluate_again, evaluate_lora, read_run
-from hyper_sd.measure import Evaluator, Job, make_draw
+from hyper_sd.evaluate import Evaluation, _best, evaluate, evaluate_again, evaluate_lora, read_run
+from hyper_sd.measure import Evaluator, Job, Row, make_draw
+from hyper_sd.metrics import Jackknifed
 from hyper_sd.processes import Processes
 from hyper_sd.report import table, write
 from hyper_sd.sample import read_recipe, recipe_to_json, stage_recipe, tcd_row
@@ -301,3 +302,20 @@ def write_run(folder: Path, teacher: TeacherConfig, files: dict[str, Path]) -> P
         shutil.copy(file, folder / name)
     shutil.copy(files["tscd_1"], folder)
     return folder
+
+
+def test_the_final_adapter_leaves_its_own_sampler_only_for_a_clearly_better_one():
+    def row(value: float, spread: float, right: float, eta: float) -> Row:
+        sampler = tcd_row(BETAS, 2, solver_steps=8, eta=eta)
+        without = value + spread * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        frechet = Jackknifed(value, without)
+        return Row(sampler, torch.arange(100) < right * 100, frechet, None, torch.zeros(0))
+
+    def chosen(*rows: Row) -> float:
+        keyed = {("final", 2, number): row for number, row in enumerate(rows)}
+        return keyed[_best(keyed, tcd_row(BETAS, 2, solver_steps=8, eta=1.0))].sampler.eta
+
+    assert chosen(row(2.0, 0.1, 0.9, 1.0), row(1.9, 0.4, 0.9, 0.0)) == 1.0  # within the error of the difference
+    assert chosen(row(2.0, 0.1, 0.9, 1.0), row(1.0, 0.1, 0.9, 0.0)) == 0.0
+    assert chosen(row(2.0, 0.1, 0.9, 1.0), row(1.0, 0.1, 0.8, 0.0)) == 1.0  # better images of something else
+    assert chosen(row(2.0, 0.1, 0.5, 1.0), row(3.0, 0.1, 0.9, 0.0)) == 0.0
