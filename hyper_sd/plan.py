@@ -195,8 +195,7 @@ class Run:
         if self.config.engine.gradient_checkpointing:
             roles.enable_gradient_checkpointing()
         denoiser = Denoiser(self.teacher.forward, roles, self.teacher.schedule, self.teacher.prediction)
-        judged = any(self.stages[name].uses_rewards or self.stages[name].uses_instances for name in self.unfinished)
-        return Context(denoiser, roles, self._feedback if judged else None)
+        return Context(denoiser, roles, self._feedback)
 
     @cached_property
     def rewards(self) -> dict[str, WeightedReward]:
@@ -205,7 +204,17 @@ class Run:
         return {name: WeightedReward(built[name].score, reward.weight, reward.alpha) for name, reward in self.config.rewards.items()}
 
     @property
-    def _feedback(self) -> Feedback:
+    def _feedback(self) -> Feedback | None:
+        """What judges the images of the stages that are still to be trained; None if nothing does."""
+        stages = [self.stages[name] for name in self.unfinished]
+        rewards = self.rewards if any(stage.uses_rewards for stage in stages) else {}
+        segment = None
+        if self.config.segmenter is not None and any(stage.uses_instances for stage in stages):
+            segment = build_segmenter(self.config.segmenter, self.source.categories, self.engine.device).loss
+        return Feedback(self._decoder(), rewards, self.config.decode.slice, segment) if rewards or segment else None
+
+    def _decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Images in [0, 1] of clean latents, for feedback."""
         config, device = self.config.decode, self.engine.device
         tiny = None if config.tiny is None else load_tiny_decoder(config.tiny, device, key="decode.tiny")
 
@@ -213,10 +222,7 @@ class Run:
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
                 return (self.teacher.decode(x0) if tiny is None else Clamp.apply(tiny.decode(x0))).float()
 
-        segment = None
-        if self.config.segmenter is not None and any(self.stages[name].uses_instances for name in self.unfinished):
-            segment = build_segmenter(self.config.segmenter, self.source.categories, device).loss
-        return Feedback(images, self.rewards, config.slice, segment)
+        return images
 
     def _guard(self, name: str, plan: StagePlan) -> HeldOutGuard | None:
         if plan.guard is None:

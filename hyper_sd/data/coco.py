@@ -86,14 +86,12 @@ class CocoSource(SourceDefaults):
             raise BadSampleError(where, "mask of another size", f"{tuple(said)}, the image has {(height, width)}")
         if row["category_id"] not in self._label:
             raise BadSampleError(where, "unknown category", row["category_id"])
-        outside = isinstance(segmentation, list) and _is_outside(_points(segmentation, where), height, width)
+        if isinstance(segmentation, list) and _is_outside(_points(segmentation, where), height, width):
+            raise BadSampleError(where, "mask outside the image")
         try:
-            mask = self._coco.annToMask(row)
+            return _decoded(self._coco.annToRLE(row)).astype(bool)
         except Exception as error:  # of no narrower class, where an encoding is broken
             raise BadSampleError(where, "not a segmentation", error) from error
-        if outside:
-            raise BadSampleError(where, "mask outside the image")
-        return mask.astype(bool)
 
 
 def _entries(root: Path, coco: Any, texts: Mapping[int, list[str]]) -> list[_Entry | BadSample]:
@@ -123,8 +121,8 @@ def _open(file: str) -> tuple[Any, dict[int, str]]:
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints how long it took
-            coco = COCO(file)
-        parts = (coco.dataset[name] for name in ("images", "annotations"))
+            coco: Any = COCO(file)
+        parts = [coco.dataset[name] for name in ("images", "annotations")]
         if not all(isinstance(part, list) for part in parts):
             raise TypeError("images and annotations must be lists")
         return coco, {row["id"]: row["name"] for row in coco.dataset["categories"]}
@@ -145,6 +143,17 @@ def _captions(file: str) -> dict[int, list[str]]:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"data.captions={file} is no file of captions in the format of COCO: {error!r}") from error
     return found
+
+
+def _decoded(code: Mapping[str, Any]) -> np.ndarray:
+    """The mask of a run-length encoding. ValueError for one that ends early, of which pycocotools leaves the rest to chance."""
+    from pycocotools import mask as rle
+
+    mask = rle.decode(code)
+    counts = code["counts"]
+    if rle.encode(np.asfortranarray(mask))["counts"] != (counts.encode() if isinstance(counts, str) else counts):
+        raise ValueError("the runs do not fill the image")
+    return mask
 
 
 def _points(polygons: Sequence[Any], where: str) -> np.ndarray:

@@ -60,7 +60,7 @@ def place(image: Image.Image, height: int, width: int) -> Placed:
 
 def place_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """The same of a mask, bool: the pixels of which it covers at least half."""
-    cut, _, _ = _placed(Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)), height, width, Image.Resampling.BILINEAR)
+    cut, _, _ = _placed(Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)), height, width, Image.Resampling.BOX)
     return np.asarray(cut) >= 128
 
 

@@ -69,8 +69,12 @@ class Preprocess:
         size = config.get("size")
         side = size.get("shortest_edge") if isinstance(size, Mapping) else size
         height, width = (size.get(name, side) if isinstance(size, Mapping) else side for name in ("height", "width"))
-        if not height or not width or config.get("resample", _BILINEAR) != _BILINEAR:
-            raise ValueError(f"{key}: preprocessor_config.json must resize bilinearly to a size: got size={size}, {config.get('resample')}")
+        divisor, resample = config.get("size_divisor") or 1, config.get("resample", _BILINEAR)
+        if not height or not width or height % divisor or width % divisor or resample != _BILINEAR:
+            raise ValueError(
+                f"{key}: preprocessor_config.json must resize bilinearly (resample=2) to a size that is a multiple of size_divisor: got "
+                f"size={size}, size_divisor={divisor}, resample={resample}"
+            )
         return cls(height, width, tuple(config["image_mean"]), tuple(config["image_std"]))
 
 
