@@ -145,7 +145,7 @@ def _captions(file: str) -> dict[int, list[str]]:
     return found
 
 
-def _decoded(code: Mapping[str, Any]) -> np.ndarray:
+def _decoded(code: Any) -> np.ndarray:
     """The mask of a run-length encoding. ValueError for one that ends early, of which pycocotools leaves the rest to chance."""
     from pycocotools import mask as rle
 

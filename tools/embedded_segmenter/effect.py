@@ -1,11 +1,12 @@
 """What a LoRA changes in the segmenter's loss on images that were noised and denoised: `python -m tools.embedded_segmenter.effect A B`.
 
 A and B are LoRA files of the embedded teacher. Both denoise the same noised scenes, which neither was trained on, with the same noise, to
-the last step of each rollout that the perceptual term of a feedback stage trains.
+the last step of each rollout that the images enter.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs=2, type=Path, metavar="LORA")
     parser.add_argument("--scenes", type=int, default=512)
-    parser.add_argument("--grid", type=Path, help="a PNG of the first eight scenes as A and B denoise them from t = 499 at once")
+    parser.add_argument("--rollout", type=int, nargs="*", default=[1, 2, 4], help="step counts")
+    parser.add_argument("--start", type=int, default=899, help="where one step starts, and the highest timestep images are noised to")
+    parser.add_argument("--grid", type=Path, help="a PNG of the first eight scenes as A and B denoise them in the first of the rollouts")
     args = parser.parse_args()
     torch.set_num_threads(1)
     scenes = sample_scenes(SEED, np.arange(args.scenes))
@@ -44,14 +47,15 @@ def main() -> None:
     print(f"renders: {segmenter.loss(images, objects).mean():.3f}", flush=True)
     teachers = [load_teacher(run_config(compose("train", [])).teacher, CPU, torch.float32) for _ in args.files]
     denoisers = [_denoiser(teacher, file) for teacher, file in zip(teachers, args.files, strict=True)]
-    for steps in (2, 4):
-        stage = ReFL(adapter="student", trained_step="last", perceptual_weight=1.0, perceptual_rollout=(steps,))
+    for steps in args.rollout:
+        rollout: dict[str, Any] = {"perceptual_rollout": (steps,), "perceptual_start": args.start, "start": args.start}
+        stage = ReFL(adapter="student", trained_step="last", perceptual_weight=1.0, **rollout)
         shown = [_denoised(stage, *pair, images, captions(scenes)) for pair in zip(denoisers, teachers, strict=True)]
         before, after = (segmenter.loss(one, objects) for one in shown)
         change = after - before
         error = change.std() / len(change) ** 0.5
         print(f"{steps} steps: {before.mean():.3f} -> {after.mean():.3f}, change {change.mean():+.3f} +- {error:.3f}", flush=True)
-        if args.grid and steps == 2:
+        if args.grid and steps == args.rollout[0]:
             columns = {"render": images, "before": shown[0], "after": shown[1]}
             save_grid(args.grid, {name: column[:8] for name, column in columns.items()}, captions(scenes)[:8])
 
