@@ -70,12 +70,14 @@ class DataPart:
 class DataConfig:
     """Training samples; the keys are explained in configs/data/. `batch_size` counts all processes and micro-batches."""
 
-    kind: Literal["scenes", "folder", "webdataset", "hf", "prompts", "cache", "mix"]
+    kind: Literal["scenes", "folder", "coco", "webdataset", "hf", "prompts", "cache", "mix"]
     batch_size: Count
     path: str | None = None
     num_workers: NonNegativeInt = 0
     prefetch: Count = 2
     max_bad_fraction: Annotated[float, Range(low=0, high=1)] = 0.01
+    annotations: str | None = None
+    captions: str | None = None
     caption_column: str = "text"
     image_column: str = "image"
     split: str = "train"
@@ -176,6 +178,11 @@ class RewardConfig(FilesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SegmenterConfig(FilesConfig):
+    """An instance segmenter that stages with `perceptual_weight` are trained on; the keys are explained in configs/segmenter/."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(FilesConfig):
     """What images are compared by; the keys are explained in configs/features/."""
 
@@ -184,10 +191,14 @@ class FeaturesConfig(FilesConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
-    """How latents become images for rewards: `slice` samples at a time; bf16 is autocast, the weights stay float32."""
+    """How latents become images for rewards: `slice` samples at a time; bf16 is autocast, the weights stay float32.
+
+    `tiny` is a small decoder in the place of the teacher's.
+    """
 
     dtype: Literal["fp32", "bf16"] = "fp32"
     slice: Count = 8
+    tiny: FilesConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +258,7 @@ class RunConfig:
     tracker: TrackerConfig
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
     heldout: RewardConfig | None = None
+    segmenter: SegmenterConfig | None = None
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     stages: dict[str, StagePlan]
     seeds: Count | None = None

@@ -38,7 +38,7 @@ class Feed:
         if samples.sizes is not None:
             cond, uncond = (self.teacher.with_sizes(parts, samples.sizes) for parts in (cond, uncond))
         draws = Draws(self.seed, step, tuple(positions))
-        return Batch(self._x0(samples, positions), cond, uncond, draws, tuple(samples.captions))
+        return Batch(self._x0(samples, positions), cond, uncond, draws, tuple(samples.captions), samples.instances)
 
     def _x0(self, samples: Samples, positions: Sequence[int]) -> Tensor:
         if samples.latents is not None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.guidance import Cond
+from hyper_sd.instances import Instances
 from hyper_sd.randomness import Draws
 from hyper_sd.roles import Role, Roles
 
@@ -16,7 +17,8 @@ from hyper_sd.roles import Role, Roles
 class Batch:
     """One micro-batch: clean latents x0 (B, C, H, W), conditions with leading dimension B, and the draws of exactly these samples.
 
-    The prompts that the conditions were made of are for rewards, which read them themselves.
+    The prompts that the conditions were made of are for rewards, which read them themselves; instances are what the images of x0 show,
+    where the data have them.
     """
 
     x0: Tensor
@@ -24,13 +26,16 @@ class Batch:
     uncond: Cond
     draws: Draws
     prompts: tuple[str, ...] = ()
+    instances: tuple[Instances, ...] = ()
 
     def rows(self, rows: Sequence[int]) -> "Batch":
         """Some of the samples, with their draws."""
         index = list(rows)
         cond, uncond = (tuple(part[index] for part in parts) for parts in (self.cond, self.uncond))
         draws = replace(self.draws, samples=tuple(self.draws.samples[row] for row in index))
-        return Batch(self.x0[index], cond, uncond, draws, tuple(self.prompts[row] for row in index if self.prompts))
+        prompts = tuple(self.prompts[row] for row in index if self.prompts)
+        instances = tuple(self.instances[row] for row in index if self.instances)
+        return Batch(self.x0[index], cond, uncond, draws, prompts, instances)
 
 
 @dataclass(frozen=True)
@@ -67,16 +72,20 @@ class WeightedReward:
 
 @dataclass(frozen=True)
 class Feedback:
-    """The rewards of a run by name, and what makes images in [0, 1] of clean latents for them, `slice` samples at a time."""
+    """The rewards of a run by name, and what makes images in [0, 1] of clean latents for them, `slice` samples at a time.
+
+    `segment(images, instances)` answers (B,), the loss of a frozen segmenter that should find these objects, with a gradient to the images.
+    """
 
     decode: Callable[[Tensor], Tensor]
     rewards: Mapping[str, WeightedReward]
     slice: int = 8
+    segment: Callable[[Tensor, Sequence[Instances]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the mathematics of a stage may touch; feedback only where `uses_rewards`."""
+    """What the mathematics of a stage may touch; feedback only where `uses_rewards` or `uses_instances`."""
 
     denoiser: Denoiser
     roles: Roles
@@ -147,6 +156,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def uses_instances(self) -> bool:
+        """Whether it asks for the run's segmenter, and for data with instances."""
+        ...
+
+    @property
     def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
         """What else is trained, such as a discriminator's heads: by name, a function of the network and a seed that makes it anew."""
         ...
@@ -190,6 +204,10 @@ class StageDefaults:
 
     @property
     def uses_rewards(self) -> bool:
+        return False
+
+    @property
+    def uses_instances(self) -> bool:
         return False
 
     @property

@@ -28,12 +28,15 @@ from hyper_sd.observe import Recorder
 from hyper_sd.report import table
 from hyper_sd.report import write as write_report
 from hyper_sd.rewards import build_reward
+from hyper_sd.rewards.segmenter import build_segmenter, check_segmenter
+from hyper_sd.rewards.tiny_decoder import check_tiny_decoder, load_tiny_decoder
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
 from hyper_sd.stop import Stop
 from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, TeacherFacts, base_dtype, inspect_teacher, load_pipeline, load_teacher
+from hyper_sd.teachers.base import Clamp
 from hyper_sd.watchdog import LostProcess, Watchdog
 
 LORA = "lora.safetensors"
@@ -65,8 +68,11 @@ def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
     stages = check_plan(config, facts)
     for name, plan in config.selected.items():
         check_work(engine, plan, stages[name])
-    source = build_source(config.data, seed=config.seed, image_size=facts.image_size, fingerprint=facts.fingerprint)
+    instances = any(stage.uses_instances for stage in stages.values())
+    source = build_source(config.data, seed=config.seed, image_size=facts.image_size, fingerprint=facts.fingerprint, instances=instances)
     check_groups(config, source)
+    if config.segmenter is not None and instances:
+        check_segmenter(config.segmenter, source.categories)
     folder = RunFolder(config, facts.fingerprint)
     engine.barrier()  # every process has looked at the directory before one writes to it
     if engine.is_main:
@@ -86,7 +92,7 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
     """The selected stages' mathematics. Raises ValueError, naming the key, for anything that cannot run on this teacher."""
     facts.schedule.check(facts.prediction)
     check_judge(config.eval, facts.image_size)
-    _check_rewards(config)
+    _check_rewards(config, facts)
     stages = {name: build_target(plan.method, plan.key) for name, plan in config.selected.items()}
     for name, stage in stages.items():
         try:
@@ -125,7 +131,9 @@ def check_groups(config: RunConfig, source: Source) -> None:
             )
 
 
-def _check_rewards(config: RunConfig) -> None:
+def _check_rewards(config: RunConfig, facts: TeacherFacts) -> None:
+    if config.decode.tiny is not None:
+        check_tiny_decoder(config.decode.tiny, facts.image_size, facts.latent_shape, key="decode.tiny")
     for name, reward in config.rewards.items():
         if config.heldout is not None and (reward.kind, reward.path) == (config.heldout.kind, config.heldout.path):
             raise ValueError(f"heldout.kind={reward.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward")
@@ -134,6 +142,8 @@ def _check_rewards(config: RunConfig) -> None:
 def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
     if stage.uses_rewards and not config.rewards:
         raise ValueError(f"{plan.key} is trained on rewards, and there are none; add one, e.g. +reward@rewards.embedded=embedded")
+    if stage.uses_instances and config.segmenter is None:
+        raise ValueError(f"{plan.key}.perceptual_weight needs a segmenter, and there is none; choose one, e.g. segmenter=mask2former")
     if plan.guard is None:
         return
     if config.heldout is None:
@@ -185,7 +195,7 @@ class Run:
         if self.config.engine.gradient_checkpointing:
             roles.enable_gradient_checkpointing()
         denoiser = Denoiser(self.teacher.forward, roles, self.teacher.schedule, self.teacher.prediction)
-        return Context(denoiser, roles, self._feedback if any(self.stages[name].uses_rewards for name in self.unfinished) else None)
+        return Context(denoiser, roles, self._feedback)
 
     @cached_property
     def rewards(self) -> dict[str, WeightedReward]:
@@ -194,14 +204,25 @@ class Run:
         return {name: WeightedReward(built[name].score, reward.weight, reward.alpha) for name, reward in self.config.rewards.items()}
 
     @property
-    def _feedback(self) -> Feedback:
-        decode, device = self.config.decode, self.engine.device
+    def _feedback(self) -> Feedback | None:
+        """What judges the images of the stages that are still to be trained; None if nothing does."""
+        stages = [self.stages[name] for name in self.unfinished]
+        rewards = self.rewards if any(stage.uses_rewards for stage in stages) else {}
+        segment = None
+        if self.config.segmenter is not None and any(stage.uses_instances for stage in stages):
+            segment = build_segmenter(self.config.segmenter, self.source.categories, self.engine.device).loss
+        return Feedback(self._decoder(), rewards, self.config.decode.slice, segment) if rewards or segment else None
+
+    def _decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Images in [0, 1] of clean latents, for feedback."""
+        config, device = self.config.decode, self.engine.device
+        tiny = None if config.tiny is None else load_tiny_decoder(config.tiny, device, key="decode.tiny")
 
         def images(x0: torch.Tensor) -> torch.Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=decode.dtype == "bf16"):
-                return self.teacher.decode(x0).float()
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16"):
+                return (self.teacher.decode(x0) if tiny is None else Clamp.apply(tiny.decode(x0))).float()
 
-        return Feedback(images, self.rewards, decode.slice)
+        return images
 
     def _guard(self, name: str, plan: StagePlan) -> HeldOutGuard | None:
         if plan.guard is None:

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     R1_NOISE = 18
     ODE_ROWS = 19
     TSCD_TERM = 20
+    PERCEPTUAL_TERM = 21
     CAPTION = 40
     REPLACEMENT = 41
     BUCKET = 42

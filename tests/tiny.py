@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
@@ -75,6 +76,20 @@ def tiny_sdxl(path: Path, *, image_size: int = 32, force_zeros_for_empty_prompt:
         scheduler,
         force_zeros_for_empty_prompt=force_zeros_for_empty_prompt,
         add_watermarker=False,
+    ).save_pretrained(path)
+    return path
+
+
+def tiny_decoder(path: Path, *, latent_channels: int = 4, seed: int = 0) -> Path:
+    """An AutoencoderTiny for the latents of these pipelines, four pixels to each."""
+    torch.manual_seed(seed)
+    channels, blocks = (8, 8, 8), (1, 1, 1)
+    AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
+        latent_channels=latent_channels,
     ).save_pretrained(path)
     return path
 

@@ -12,29 +12,39 @@ from hyper_sd.randomness import Purpose, fold
 __all__ = ["BadSamples", "Prefetcher", "Samples", "Source", "build_source"]
 
 
-def build_source(cfg: DataConfig, *, seed: int, image_size: int, fingerprint: Mapping[str, str] | None = None) -> Source:
-    """The source that `data` describes, with images of image_size by image_size pixels.
+def build_source(
+    cfg: DataConfig, *, seed: int, image_size: int, fingerprint: Mapping[str, str] | None = None, instances: bool = False
+) -> Source:
+    """The source that `data` describes, with images of image_size by image_size pixels, and the `instances` they show.
 
-    Raises ValueError, naming the key, if there is none, if too much of it is bad, and for samples that were prepared for another
-    teacher than the one with this fingerprint.
+    Raises ValueError, naming the key, if there is none, if too much of it is bad, if it has no instances and they are asked for, and
+    for samples that were prepared for another teacher than the one with this fingerprint.
     """
-    source = _open(cfg, seed, image_size, fingerprint)
+    source = _open(cfg, seed, image_size, fingerprint, instances)
+    if instances and not source.categories:
+        raise ValueError(f"data={cfg.kind} has no instances, which a stage with perceptual_weight needs; choose data=coco or data=scenes")
     check_opened(source, cfg.max_bad_fraction)
     return source
 
 
-def _open(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping[str, str] | None) -> Source:
+def _open(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping[str, str] | None, instances: bool = False) -> Source:
     match cfg.kind:
         case "scenes":
             from hyper_sd.data.scenes_data import ScenesSource
 
             if cfg.path is not None:
                 raise ValueError(f"data.path={cfg.path} is not used by data=scenes; choose data=folder or data=webdataset")
-            return ScenesSource(seed, image_size)
+            return ScenesSource(seed, image_size, instances)
         case "folder":
             from hyper_sd.data.folder import FolderSource
 
             return FolderSource(_path(cfg), seed, image_size, cfg.num_workers, cfg.caption_column)
+        case "coco":
+            from hyper_sd.data.coco import CocoSource
+
+            if not cfg.annotations or not cfg.captions:
+                raise ValueError("data.annotations and data.captions must be set for data=coco: json files in the format of COCO")
+            return CocoSource(_path(cfg), cfg.annotations, cfg.captions, seed, image_size, cfg.num_workers)
         case "webdataset":
             from hyper_sd.data.webdataset import WebDatasetSource
 
@@ -62,7 +72,7 @@ def _open(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping[str,
 def _path(cfg: DataConfig) -> str:
     if not cfg.path:
         raise ValueError(
-            f"data.path must be set for data={cfg.kind}: a directory of images for folder, a pattern of .tar files for webdataset, "
-            "a file for prompts, what scripts/prepare.py wrote for cache"
+            f"data.path must be set for data={cfg.kind}: a directory of images for folder and coco, a pattern of .tar files for "
+            "webdataset, a file for prompts, what scripts/prepare.py wrote for cache"
         )
     return cfg.path

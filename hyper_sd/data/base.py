@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from hyper_sd.guidance import Cond
+from hyper_sd.instances import Instances
 from hyper_sd.randomness import Purpose, fold
 
 T = TypeVar("T")
@@ -45,6 +46,7 @@ class Samples:
 
     conds, where the source has them, are the teacher's conditions of the captions. sizes (B, 6) are what SDXL is told of an image:
     original size, crop corner and target size in pixels, each (height, width). bad are those that samples of this batch stand in for.
+    instances are the objects of each image, where the source has `categories` of them.
     """
 
     captions: list[str]
@@ -53,6 +55,7 @@ class Samples:
     conds: Cond | None = None
     sizes: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
+    instances: tuple[Instances, ...] = ()
 
     def pinned(self) -> "Samples":
         """The same in page-locked memory, from which a GPU copies while it computes."""
@@ -85,6 +88,11 @@ class Source(Protocol):
         """What was left out when the source was opened."""
         ...
 
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """What the labels of its samples' instances name; none: it has no instances."""
+        ...
+
     def batch(self, positions: Sequence[int]) -> Samples:
         """The samples at these positions; ValueError, naming data.path, if neither one nor any in its place can be read."""
         ...
@@ -99,6 +107,7 @@ class SourceDefaults:
 
     batch_size: int | None = None
     bad: Sequence[BadSample] = ()
+    categories: tuple[str, ...] = ()
 
     def check(self, encoder: Encoder) -> None:
         pass

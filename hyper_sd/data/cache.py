@@ -87,6 +87,8 @@ class CacheSource:
     cache that is not finished, was changed, or was made for another teacher than `fingerprint`.
     """
 
+    categories: tuple[str, ...] = ()
+
     def __init__(self, path: str, seed: int, batch_size: int, num_workers: int = 0, fingerprint: Mapping[str, str] | None = None):
         self._path, self._seed = path.rstrip("/"), seed
         self.manifest = Manifest.read(self._path)

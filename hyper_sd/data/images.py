@@ -54,11 +54,22 @@ def decode(file: Path | BinaryIO, name: str) -> Image.Image:
 
 def place(image: Image.Image, height: int, width: int) -> Placed:
     """Resized until it covers the size, then cropped at the centre."""
+    cut, top, left = _placed(image, height, width, Image.Resampling.LANCZOS)
+    return Placed(np.asarray(cut), (image.height, image.width, top, left, height, width))
+
+
+def place_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The same of a mask, bool: the pixels of which it covers at least half."""
+    cut, _, _ = _placed(Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)), height, width, Image.Resampling.BOX)
+    return np.asarray(cut) >= 128
+
+
+def _placed(image: Image.Image, height: int, width: int, resampling: Image.Resampling) -> tuple[Image.Image, int, int]:
+    """The image in its size, and top and left of the crop."""
     scale = max(height / image.height, width / image.width)
     resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
-    cut = image.resize(resized, Image.Resampling.LANCZOS).crop((left, top, left + width, top + height))
-    return Placed(np.asarray(cut), (image.height, image.width, top, left, height, width))
+    return image.resize(resized, resampling).crop((left, top, left + width, top + height)), top, left
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -13,6 +13,8 @@ class MixSource:
     source keeps its own exact epochs.
     """
 
+    categories: tuple[str, ...] = ()
+
     def __init__(self, sources: Sequence[Source], weights: Sequence[float], batch_size: int, seed: int):
         self._sources, self._order = sources, MixOrder(weights, seed)
         self.batch_size = batch_size

@@ -126,25 +126,34 @@ def phrases(scenes: Scenes) -> list[list[str]]:
 def render(scenes: Scenes) -> Tensor:
     """Draw the scenes with anti-aliased edges: float32 (B, 3, 32, 32) in [0, 1]."""
     batch = len(scenes)
-    axis = torch.arange(IMAGE_SIZE) + 0.5
-    y, x = axis[:, None], axis[None, :]
     image = torch.tensor(list(BACKGROUNDS.values()))[torch.from_numpy(scenes.background)][:, :, None, None]
     image = image.expand(batch, 3, IMAGE_SIZE, IMAGE_SIZE).clone()
     palette = torch.tensor(list(COLORS.values()))
     jitter = torch.from_numpy(scenes.jitter).float()
-    size = torch.from_numpy(scenes.size)
     for place in range(NUM_PLACES):
-        shape = torch.from_numpy(scenes.shape[:, place])
-        spread = torch.tensor(_POSITION_JITTER)[size[:, place]]
-        half = IMAGE_SIZE / 4
-        center_x = half * (1 + 2 * (place % 2)) + spread * jitter[:, place, 0]
-        center_y = half * (1 + 2 * (place // 2)) + spread * jitter[:, place, 1]
-        radius = torch.tensor(_RADIUS)[size[:, place]] * (1 + _RADIUS_JITTER * jitter[:, place, 2])
-        coverage = _coverage(x - center_x[:, None, None], y - center_y[:, None, None], radius[:, None, None], shape)
         color = palette[torch.from_numpy(scenes.color[:, place])] + _COLOR_JITTER * jitter[:, place, 3:]
-        coverage = coverage[:, None] * (shape != EMPTY)[:, None, None, None]
-        image = image + coverage * (color.clamp(0, 1)[:, :, None, None] - image)
+        image = image + _object(scenes, place)[:, None] * (color.clamp(0, 1)[:, :, None, None] - image)
     return image
+
+
+def masks(scenes: Scenes) -> Tensor:
+    """Which share of each pixel `render` draws of the object at each place: float32 (B, 4, 32, 32), 0 where there is none."""
+    return torch.stack([_object(scenes, place) for place in range(NUM_PLACES)], dim=1)
+
+
+def _object(scenes: Scenes, place: int) -> Tensor:
+    """The share of each pixel that the object at a place covers, (B, 32, 32); 0 where there is none."""
+    axis = torch.arange(IMAGE_SIZE) + 0.5
+    y, x = axis[:, None], axis[None, :]
+    jitter = torch.from_numpy(scenes.jitter[:, place]).float()
+    shape, size = torch.from_numpy(scenes.shape[:, place]), torch.from_numpy(scenes.size[:, place])
+    spread = torch.tensor(_POSITION_JITTER)[size]
+    half = IMAGE_SIZE / 4
+    center_x = half * (1 + 2 * (place % 2)) + spread * jitter[:, 0]
+    center_y = half * (1 + 2 * (place // 2)) + spread * jitter[:, 1]
+    radius = torch.tensor(_RADIUS)[size] * (1 + _RADIUS_JITTER * jitter[:, 2])
+    coverage = _coverage(x - center_x[:, None, None], y - center_y[:, None, None], radius[:, None, None], shape)
+    return coverage * (shape != EMPTY)[:, None, None]
 
 
 def _coverage(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:

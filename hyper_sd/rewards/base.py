@@ -7,7 +7,7 @@ reach the pixels.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -85,10 +85,10 @@ def pad(images: Tensor, side: int) -> Tensor:
     return functional.pad(resized, (left, missing_width - left, top, missing_height - top))
 
 
-def resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic with antialiasing, in [0, 1], as PIL computes it: rows, cut to [0, 1], then columns."""
-    rows = saturate(functional.interpolate(images, (images.shape[-2], width), mode="bicubic", antialias=True))
-    return saturate(functional.interpolate(rows, (height, width), mode="bicubic", antialias=True))
+def resize(images: Tensor, height: int, width: int, mode: Literal["bicubic", "bilinear"] = "bicubic") -> Tensor:
+    """With antialiasing, in [0, 1], as PIL computes it: rows, cut to [0, 1], then columns."""
+    rows = saturate(functional.interpolate(images, (images.shape[-2], width), mode=mode, antialias=True))
+    return saturate(functional.interpolate(rows, (height, width), mode=mode, antialias=True))
 
 
 def saturate(images: Tensor) -> Tensor:

@@ -1,29 +1,58 @@
-"""What rewards add to a stage's loss (paper section 3.2):
+"""What models of images add to a stage's loss (paper section 3.2):
 
-    L_reward = mean over samples of sum_d weight_d relu(alpha_d - r_d(decode(x0), prompt))
+    L_reward     = mean over samples of sum_d weight_d relu(alpha_d - r_d(decode(x0), prompt))
+    L_perceptual = mean over samples of L_instance(segmenter(decode(x0)), the objects of the image)
 
-One decoding serves all rewards. The gradient is taken here, a slice of the samples and a reward at a time, so that no more than the
-decoder's activations of one slice and those of one reward are in memory; the network's own backward pass then starts from
-dL/dx0. Decoder and rewards are float32, whatever the network's dtype.
+One decoding serves all rewards. The gradient is taken here, a slice of the samples and a model at a time, so that no more than the
+decoder's activations of one slice and those of one model are in memory; the network's own backward pass then starts from
+dL/dx0. Decoder and models are float32, whatever the network's dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyper_sd.objective import Batch, Context, Feedback, Loss
+from hyper_sd.objective import Batch, Context, Feedback, Loss, WeightedReward
+
+# images of a slice of the samples to what is minimised and what is logged, (b,) each
+Judge = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 def reward_loss(ctx: Context, x0: Tensor, batch: Batch) -> Loss:
     """L_reward of clean latents x0 (B, C, H, W); logs each reward's mean and the norm of its gradient at the pixels."""
     assert ctx.feedback is not None, "a stage that uses rewards needs a run that has some"
-    feedback, clean = ctx.feedback, x0.detach().float()
+
+    def hinge(reward: WeightedReward) -> Judge:
+        def judge(images: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            score = reward.score(images, batch.prompts[rows])
+            return reward.weight * functional.relu(reward.alpha - score), score
+
+        return judge
+
+    return _judged(ctx.feedback, x0, {name: hinge(reward) for name, reward in ctx.feedback.rewards.items()}, prefix="reward_")
+
+
+def perceptual_loss(ctx: Context, x0: Tensor, batch: Batch) -> Loss:
+    """L_perceptual of clean latents x0 (B, C, H, W); logs it and the norm of its gradient at the pixels."""
+    assert ctx.feedback is not None and ctx.feedback.segment is not None, "a stage that uses instances needs a run with a segmenter"
+    segment = ctx.feedback.segment
+
+    def judge(images: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        loss = segment(images, batch.instances[rows])
+        return loss, loss
+
+    return _judged(ctx.feedback, x0, {"perceptual": judge})
+
+
+def _judged(feedback: Feedback, x0: Tensor, judges: Mapping[str, Judge], prefix: str = "") -> Loss:
+    """The sum of what judges minimise of images of x0, a mean over samples, with its gradient in x0; logs <prefix><name>, grad_<name>."""
+    clean = x0.detach().float()
     value, gradient, logs = clean.new_zeros(()), torch.zeros_like(clean), {}
     for start in range(0, len(clean), feedback.slice):
         rows = slice(start, start + feedback.slice)
-        part, gradient[rows], seen = _slice_loss(feedback, clean[rows], batch.prompts[rows], 1 / len(clean))
+        part, gradient[rows], seen = _slice_loss(feedback, clean, rows, judges, prefix)
         value = value + part
         for name, log in seen.items():
             logs[name] = logs.get(name, 0) + log
@@ -33,17 +62,19 @@ def reward_loss(ctx: Context, x0: Tensor, batch: Batch) -> Loss:
 
 
 @torch.enable_grad()
-def _slice_loss(feedback: Feedback, clean: Tensor, prompts: Sequence[str], share: float) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _slice_loss(
+    feedback: Feedback, clean: Tensor, rows: slice, judges: Mapping[str, Judge], prefix: str
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The slice's part of the loss, its gradient in the latents, and its part of each log (of a norm: of its square)."""
-    latents = clean.requires_grad_()
+    share, latents = 1 / len(clean), clean[rows].requires_grad_()
     images = feedback.decode(latents)
     value, at_pixels, logs = clean.new_zeros(()), torch.zeros_like(images), {}
-    for name, reward in feedback.rewards.items():
+    for name, judge in judges.items():
         pixels = images.detach().requires_grad_()
-        score = reward.score(pixels, prompts)
-        loss = share * reward.weight * functional.relu(reward.alpha - score).sum()
+        minimised, logged = judge(pixels, rows)
+        loss = share * minimised.sum()
         (at_one,) = torch.autograd.grad(loss, pixels)
         value, at_pixels = value + loss.detach(), at_pixels + at_one
-        logs |= {f"reward_{name}": share * score.detach().sum(), f"grad_{name}": at_one.square().sum()}
+        logs |= {f"{prefix}{name}": share * logged.detach().sum(), f"grad_{name}": at_one.square().sum()}
     (at_latents,) = torch.autograd.grad(images, latents, at_pixels)
     return value, at_latents, logs

@@ -4,21 +4,25 @@ The student's own rollout runs without a gradient to one of its steps; that step
 
     x0 = f_student(z, t, c)
     L = reward sum_d weight_d relu(alpha_d - r_d(decode(x0), prompt)) + reference |x0 - x0_frozen|^2 + tscd L_tscd
+        + perceptual L_instance(segmenter(decode(x0')), the image's objects)
 
-x0_frozen is what the student answered there before the stage. What is learnt is an adapter of its own on top of the frozen student,
+x0_frozen is what the student answered there before the stage; x0' is the student's estimate further down the rollout that began not
+with noise but with a noised image, whose objects are known. What is learnt is an adapter of its own on top of the frozen student,
 ("student", "feedback"), whose role without it is the reference, or the student itself, and then the reference is a copy.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
 
 import torch
+from torch import Tensor
 
+from hyper_sd.denoiser import Denoiser
 from hyper_sd.objective import Batch, Context, Loss, Objective, Shared, check_not_negative
-from hyper_sd.randomness import Draws
+from hyper_sd.randomness import Draws, Purpose, send
 from hyper_sd.roles import Role
-from hyper_sd.stages.feedback import reward_loss
+from hyper_sd.stages.feedback import perceptual_loss, reward_loss
 from hyper_sd.stages.rollout import STUDENT, RollsOut
 from hyper_sd.stages.tscd import TSCD, GuidanceRange
 
@@ -45,14 +49,33 @@ class ReFL(RollsOut):
     reward_weight: float = 1.0
     reference_weight: float = 1.0
     tscd_weight: float = 0.0
+    perceptual_weight: float = 0.0
+    perceptual_rollout: tuple[int, ...] = (2, 4)
+    perceptual_start: int = 500
     guidance: GuidanceRange | None = None
 
     def check(self, num_steps: int) -> None:
         self._tscd.check(num_steps)
         self.check_rollout(num_steps)
-        check_not_negative("stage", self, "reward_weight", "reference_weight", "tscd_weight")
-        if not self.reward_weight + self.reference_weight + self.tscd_weight:
-            raise ValueError("stage.reward_weight, stage.reference_weight and stage.tscd_weight are all 0: nothing is left to learn")
+        weights = ("reward_weight", "reference_weight", "tscd_weight", "perceptual_weight")
+        check_not_negative("stage", self, *weights)
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"{', '.join(f'stage.{name}' for name in weights)} are all 0: nothing is left to learn")
+        if self.perceptual_weight > 0:
+            self._check_perceptual(num_steps)
+
+    def _check_perceptual(self, num_steps: int) -> None:
+        counts = self.perceptual_rollout
+        if not counts or any(count < 1 or self.solver_steps % count for count in counts):
+            raise ValueError(
+                f"stage.perceptual_rollout must be step counts that divide stage.solver_steps={self.solver_steps}: got {counts}"
+            )
+        lowest = max(self.times(count, num_steps)[-1] for count in counts)
+        if not lowest <= self.perceptual_start < num_steps:
+            raise ValueError(
+                f"stage.perceptual_start must be a timestep from {lowest}, the last of a rollout in stage.perceptual_rollout={counts}, to "
+                f"{num_steps - 1}: got {self.perceptual_start}"
+            )
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -84,6 +107,10 @@ class ReFL(RollsOut):
     def uses_rewards(self) -> bool:
         return self.reward_weight > 0
 
+    @property
+    def uses_instances(self) -> bool:
+        return self.perceptual_weight > 0
+
     @cached_property
     def _tscd(self) -> TSCD:
         return _Consistency(student_role=self.student_role, solver_steps=self.solver_steps, guidance=self.guidance)
@@ -95,7 +122,22 @@ class ReFL(RollsOut):
         pass
 
     def student_loss(self, ctx: Context, batch: Batch, shared: Shared) -> Loss:
-        """The hinge of every reward at the trained step, and what keeps the student near itself."""
+        """The hinge of every reward at the trained step, what keeps the student near itself, and what a segmenter finds in its images."""
+        value, logs = batch.x0.new_zeros(()), {}
+        if self.reward_weight > 0 or self.reference_weight > 0:
+            judged = self._judged_loss(ctx, batch)
+            value, logs = value + judged.value, dict(judged.logs)
+        if self.tscd_weight > 0:
+            tscd = self._tscd.student_loss(ctx.denoiser, batch, shared).value
+            value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
+        if self.perceptual_weight > 0:
+            x = ctx.denoiser(self.student_role, *self.perceptual_input(ctx.denoiser, batch), batch.cond).x0
+            perceptual = perceptual_loss(ctx, x, batch)
+            value, logs = value + self.perceptual_weight * perceptual.value, {**logs, **perceptual.logs}
+        return Loss(value, logs)
+
+    def _judged_loss(self, ctx: Context, batch: Batch) -> Loss:
+        """The rewards and the distance to the student before the stage, of one estimate."""
         denoiser = ctx.denoiser
         z, t = self.student_input(denoiser, batch)
         x = denoiser(self.student_role, z, t, batch.cond).x0
@@ -108,10 +150,18 @@ class ReFL(RollsOut):
                 before = denoiser(self.reference_role, z, t, batch.cond).x0
             reference = (x - before).square().flatten(1).mean(1).mean()
             value, logs["reference"] = value + self.reference_weight * reference, reference.detach()
-        if self.tscd_weight > 0:
-            tscd = self._tscd.student_loss(denoiser, batch, shared).value
-            value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
         return Loss(value, logs)
+
+    @torch.no_grad()
+    def perceptual_input(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(z, t) at a drawn step of a rollout that images enter, noised, at its first time that is at most `perceptual_start`."""
+        draws = batch.draws.branch(Purpose.PERCEPTUAL_TERM)
+        steps = self.perceptual_rollout[draws.choice(Purpose.ROLLOUT, len(self.perceptual_rollout))]
+        times = [t for t in self.times(steps, denoiser.schedule.num_steps) if t <= self.perceptual_start]
+        last = len(times) - 1 if self.trained_step == "last" else draws.choice(Purpose.ROLLOUT_POSITION, len(times))
+        eps = send(draws.normal(Purpose.ROLLOUT_NOISE, batch.x0.shape[1:]), batch.x0)
+        z = denoiser.noise(batch.x0, eps, torch.full((len(eps),), times[0], device=eps.device))
+        return self.roll(denoiser, z, times[: last + 1], replace(batch, draws=draws))
 
     def draw_rollout(self, draws: Draws) -> tuple[int, int]:
         steps, position = super().draw_rollout(draws)

@@ -1,5 +1,6 @@
 """A few-step student's own sampling, as far as the step that is trained."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +51,14 @@ class RollsOut(StageDefaults):
         steps, position = self.draw_rollout(batch.draws)
         times = self.times(steps, denoiser.schedule.num_steps)
         z = send(batch.draws.normal(Purpose.ROLLOUT_NOISE, batch.x0.shape[1:]), batch.x0).to(batch.x0)
+        return self.roll(denoiser, z, times[: position + 1], batch)
+
+    def roll(self, denoiser: Denoiser, z: Tensor, times: Sequence[int], batch: Batch) -> tuple[Tensor, Tensor]:
+        """(z, t) at the last of the times, from z at the first: x0 = f(z, t), then fresh noise to the next."""
         t = z.new_full((len(z),), times[0], dtype=torch.long)
-        for number in range(1, position + 1):
+        for number, following in enumerate(times[1:], start=1):
             x = denoiser(self.student_role, z, t, batch.cond).x0
-            t = torch.full_like(t, times[number])
+            t = torch.full_like(t, following)
             fresh = batch.draws.normal(Purpose.ROLLOUT_NOISE, batch.x0.shape[1:], number)
             z = denoiser.noise(x, send(fresh, x), t)
         return z, t

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from hyper_sd.ablation import check_equal_cost
 from hyper_sd.cli import compose, literal, submitted
-from hyper_sd.config import FeaturesConfig, RewardConfig, RunConfig, run_config
+from hyper_sd.config import FeaturesConfig, FilesConfig, RewardConfig, RunConfig, SegmenterConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
 from hyper_sd.plan import check_plan
 from hyper_sd.roles import LoraSpec
@@ -36,11 +36,14 @@ from hyper_sd.teachers import inspect_teacher
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
 COMMANDS = sorted(path.stem for path in config_dir().glob("*.yaml") if path.stem != "command")
-GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker")
+GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker", "segmenter")
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((config_dir() / group).glob("*.yaml"))]
+OPTION_GROUPS = ("recipe", "teacher", "data", "tracker", "stage", "reward", "segmenter", "decoder")  # whose options help names
 REWARDS = sorted(path.stem for path in (config_dir() / "reward").glob("*.yaml"))
+COCO = ("data.annotations=instances.json", "data.captions=captions.json")
 STAGES = ("tscd_8", "tscd_4", "tscd_2", "tscd_1", "refl", "score")
 GPU = ("sd15", "sdxl")  # rewards for real images are chosen by who has them
+FEEDBACK = ("sd15_feedback", "sdxl_feedback")
 TSCD_ONLY = ("demo_tscd", "demo_long", "demo_ablation", "cfg_preserving")
 
 
@@ -61,25 +64,28 @@ def test_every_recipe_builds(recipe: str) -> None:
     config = run_of(f"recipe={recipe}", "data.path=somewhere")
     assert config.name == recipe
     assert config.run.dir == f"outputs/{recipe}"
-    assert tuple(config.stages) == (STAGES[:4] if recipe in TSCD_ONLY else (*STAGES[:4], "score") if recipe in GPU else STAGES)
+    last = () if recipe in TSCD_ONLY else ("score",) if recipe in GPU else ("score", "refl") if recipe in FEEDBACK else ("refl", "score")
+    assert tuple(config.stages) == (*STAGES[:4], *last)
     for plan in [*config.stages.values(), *(stage for stages in config.plans.values() for stage in stages.values())]:
         build_target(plan.method, plan.key).check(1000)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_group_option_builds(group: str, option: str) -> None:
-    config = run_of(f"{group}={option}", "data.path=somewhere")
+    config = run_of(f"{group}={option}", "data.path=somewhere", *(COCO if option == "coco" else ()))
     if group in ("data", "tracker"):
         assert getattr(config, group).kind == option
 
 
-@pytest.mark.parametrize(("group", "kind"), [("reward", RewardConfig), ("features", FeaturesConfig)])
-def test_rewards_and_features_build_and_pin_what_they_name(group: str, kind: type[RewardConfig | FeaturesConfig]) -> None:
+@pytest.mark.parametrize(
+    ("group", "kind"), [("reward", RewardConfig), ("features", FeaturesConfig), ("segmenter", SegmenterConfig), ("decoder", FilesConfig)]
+)
+def test_models_build_and_pin_what_they_name(group: str, kind: type[FilesConfig]) -> None:
     files = sorted((config_dir() / group).glob("*.yaml"))
     for file in files:
         config = structured(kind, OmegaConf.to_container(OmegaConf.load(file)))
         for source in (config, getattr(config, "base", None)):
-            assert source is None or source.path is None or len(source.revision or "") == 40 or source.sha256, file
+            assert source is None or source.path in (None, "embedded") or len(source.revision or "") == 40 or source.sha256, file
     if group == "reward":
         assert compose("evaluate", ["run=x"]).rewards.keys() == {file.stem for file in files}
 
@@ -88,6 +94,12 @@ def test_rewards_and_features_build_and_pin_what_they_name(group: str, kind: typ
 def test_every_reward_builds(name: str) -> None:
     config = run_of("recipe=demo_tscd", f"+reward@rewards.mine={name}", f"+reward@heldout={name}")
     assert config.rewards.keys() == {"mine"} and config.rewards["mine"] == config.heldout
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (config_dir() / "decoder").glob("*.yaml")))
+def test_every_decoder_builds(name: str) -> None:
+    tiny = run_of(f"+decoder@decode.tiny={name}").decode.tiny
+    assert tiny is not None and tiny.path == f"madebyollin/{name}"
 
 
 @pytest.mark.parametrize("path", sorted((config_dir() / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
@@ -373,10 +385,8 @@ def test_answers_without_torch_from_anywhere(tmp_path: Path, arguments: list[str
 def test_help_names_every_group_and_option(tmp_path: Path) -> None:
     text = python(str(ROOT / "scripts" / "train.py"), "--help", cwd=tmp_path).stdout
     words = set(text.replace(",", " ").split())
-    options = {
-        path.stem for group in ("recipe", "teacher", "data", "tracker", "stage", "reward") for path in (config_dir() / group).glob("*.yaml")
-    }
-    assert {*options, *GROUPS, "recipe", "stage", "reward"} - words == set()
+    options = {path.stem for group in OPTION_GROUPS for path in (config_dir() / group).glob("*.yaml")}
+    assert {*options, *GROUPS, *OPTION_GROUPS} - words == set()
 
 
 def test_hydra_leaves_the_process_alone(tmp_path: Path) -> None:

@@ -2,21 +2,27 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pycocotools import mask as rle
 from safetensors import safe_open
+from torch import Tensor
 
 from hyper_sd.ablation import run_ablation
 from hyper_sd.cli import compose, literal
 from hyper_sd.config import run_config
 from hyper_sd.data.scenes import captions, render, sample_scenes
+from hyper_sd.data.scenes_data import scene_instances
+from hyper_sd.paths import asset_dir
 from hyper_sd.plan import run_plan
 from hyper_sd.report import to_image
+from tests.released import write_reward
 from tests.runs import STAGES, TSCD_STAGES
-from tests.tiny import tiny_sd15, tiny_sdxl
+from tests.tiny import tiny_decoder, tiny_sd15, tiny_sdxl
 
 SHORT = [f"stages.{stage}.max_steps=2" for stage in STAGES]
 GPU_STAGES = (*TSCD_STAGES, "score")  # rewards for real images are chosen by who has them
@@ -96,6 +102,94 @@ def test_sdxl_from_shards(shards: str, tmp_path: Path) -> None:
         "lora.rank=8",
     )
     check_run(run_dir, rank=8, stages=GPU_STAGES)
+
+
+@pytest.fixture(scope="module")
+def annotated(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same photos with the masks of their objects, and a segmenter that calls the shapes by names of COCO."""
+    folder = tmp_path_factory.mktemp("coco")
+    names = ("person", "airplane", "couch", "tv", "dog")
+    images = [{"id": i, "file_name": f"{i}.png", "height": 32, "width": 32} for i in range(8)]
+    objects = [
+        {"id": 10 * i + place, "image_id": i, "category_id": int(label), "segmentation": encoded(mask), "iscrowd": 0}
+        for i, found in enumerate(scene_instances(sample_scenes(0, np.arange(8)), 32))
+        for place, (mask, label) in enumerate(zip(found.masks, found.labels, strict=True))
+    ]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    texts = [{"image_id": i, "caption": (photos / f"{i}.txt").read_text()} for i in range(8)]
+    (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}))
+    (folder / "captions.json").write_text(json.dumps({"annotations": texts}))
+    segmenter = Path(shutil.copytree(asset_dir("segmenter"), folder / "segmenter"))
+    facts = json.loads((segmenter / "config.json").read_text())
+    facts["id2label"] = dict(enumerate(("person", "aeroplane", "sofa", "tvmonitor", "dog")))
+    (segmenter / "config.json").write_text(json.dumps(facts))
+    files = [f"data.annotations={folder / 'instances.json'}", f"data.captions={folder / 'captions.json'}"]
+    return ["data=coco", f"data.path={photos}", *files, "segmenter=mask2former", f"segmenter.path={segmenter}"]
+
+
+def encoded(mask: Tensor) -> dict[str, object]:
+    code = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+    return {"size": [32, 32], "counts": code["counts"].decode()}
+
+
+def small_rewards(folder: Path) -> list[str]:
+    """Overrides for tiny models in the place of the released ones of the feedback recipes."""
+    chosen = {"rewards.image_reward": "image_reward", "rewards.aesthetic": "aesthetic", "heldout": "pickscore"}
+    changes = []
+    for key, kind in chosen.items():
+        (folder / kind).mkdir()
+        config = write_reward(kind, folder / kind)
+        parts = {key: config, **({f"{key}.base": config.base} if config.base else {})}
+        for place, files in parts.items():
+            changes += [f"{place}.path={files.path}", f"{place}.file={files.file}", f"{place}.sha256=null"]
+    return changes
+
+
+FEEDBACK = [
+    "only=[tscd_1,refl]",
+    "stages.tscd_1.max_steps=2",
+    "stages.refl.max_steps=2",
+    "stages.refl.guard={every_steps: 2, prompts: 2, steps: [1], patience: 3}",
+    "lora.rank=8",
+    "engine.cpu_threads=1",
+]
+
+
+def test_sd15_with_feedback_and_the_perceptual_term(annotated: list[str], tmp_path: Path) -> None:
+    """On annotated photos, decoded by a tiny decoder: everything that the stage can be trained on at once."""
+    teacher, run_dir = tiny_sd15(tmp_path / "teacher", image_size=64, latent_channels=3), tmp_path / "run"
+    tiny = [f"decode.tiny.path={tiny_decoder(tmp_path / 'tiny', latent_channels=3)}", "decode.tiny.sha256=null"]
+    small = ["data.batch_size=2", "engine.accumulation=2", "eval.prompts=0", "eval.teacher_steps=2", f"run.dir={run_dir}"]
+    perceptual = ["stages.refl.perceptual_weight=0.1", *annotated, "+decoder@decode.tiny=taesd", *tiny]
+    train("recipe=sd15_feedback", f"teacher.path={teacher}", *perceptual, *small_rewards(tmp_path), *FEEDBACK, *small)
+    check_run(run_dir, rank=8, stages=("tscd_1", "refl"))
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    logged = {name.rpartition("/")[2]: value for row in rows for name, value in row.items()}
+    terms = ("reward_image_reward", "reward_aesthetic", "grad_aesthetic", "reference", "perceptual", "grad_perceptual")
+    assert all(np.isfinite(logged[name]) for name in terms) and logged["grad_perceptual"] > 0
+    assert len(json.loads((run_dir / "refl" / "guard.json").read_text())["history"]) == 2
+
+
+def test_sdxl_with_feedback(shards: str, tmp_path: Path) -> None:
+    teacher, run_dir = tiny_sdxl(tmp_path / "teacher"), tmp_path / "run"
+    data = ["data=webdataset", f"data.path={shards}", "data.batch_size=2", "engine.accumulation=1", "eval.prompts=0"]
+    train("recipe=sdxl_feedback", f"teacher.path={teacher}", *data, *small_rewards(tmp_path), *FEEDBACK, f"run.dir={run_dir}")
+    check_run(run_dir, rank=8, stages=("tscd_1", "refl"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["stages.refl.perceptual_weight=0.1"], r"stages\.refl\.perceptual_weight needs a segmenter, and there is none"),
+        (["stages.refl.perceptual_weight=0.1", "segmenter=embedded", "data=folder", "data.path={photos}"], "data=folder has no instances"),
+        (["segmenter=embedded", "decode.tiny={path: '{photos}'}"], r"decode\.tiny\.path=\S+ holds no config\.json"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(changes: list[str], message: str, photos: Path, tmp_path: Path) -> None:
+    overrides = [change.replace("{photos}", str(photos)) for change in changes]
+    with pytest.raises(ValueError, match=message):
+        train("recipe=smoke", "only=[refl]", *overrides, f"run.dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("recipe", "stages"), [("demo", STAGES), ("demo_long", TSCD_STAGES), ("cfg_preserving", TSCD_STAGES)])

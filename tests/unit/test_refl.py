@@ -1,6 +1,7 @@
 """The feedback stage against its equations."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.guidance import Cond
-from hyper_sd.objective import Batch, Context, Shared
-from hyper_sd.randomness import Draws
+from hyper_sd.instances import Instances
+from hyper_sd.objective import Batch, Context, Feedback, Shared
+from hyper_sd.randomness import Draws, Purpose
 from hyper_sd.roles import Role
 from hyper_sd.schedule import PredictionType
 from hyper_sd.stages.feedback import reward_loss
@@ -18,7 +20,7 @@ from hyper_sd.stages.refl import ReFL
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD
 from tests.feedback import brightness, context, contrast, decode
-from tests.networks import tiny_batch, tiny_denoiser, unet_batch, unet_denoiser
+from tests.networks import SHAPE, tiny_batch, tiny_denoiser, unet_batch, unet_denoiser
 
 T = 1000
 ADAPTERS = ("student", "feedback", "reference")
@@ -194,8 +196,122 @@ def test_a_reward_of_a_score_stage_adds_its_hinge() -> None:
         ({"start": 0}, "stage.start must be a timestep from 1 to 999: got 0"),
         ({"reference_weight": -1.0}, "stage.reference_weight must not be negative"),
         ({"reward_weight": 0.0, "reference_weight": 0.0}, "nothing is left to learn"),
+        ({"perceptual_weight": -1.0}, "stage.perceptual_weight must not be negative"),
+        ({"perceptual_weight": 1.0, "perceptual_rollout": (3,)}, "stage.perceptual_rollout must be step counts that divide"),
+        ({"perceptual_weight": 1.0, "perceptual_rollout": (1,)}, "stage.perceptual_start must be a timestep from 999"),
+        ({"perceptual_weight": 1.0, "perceptual_start": 1000}, "to 999: got 1000"),
     ],
 )
 def test_bad_keys_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReFL(**changes).check(T)  # pyright: ignore[reportArgumentType]
+
+
+# ---- the perceptual term
+
+PERCEPTUAL = ReFL(reward_weight=0.0, reference_weight=0.0, perceptual_weight=0.3, perceptual_rollout=(4,), trained_step="last")
+
+
+def objects(num: int) -> tuple[Instances, ...]:
+    """One object in each image, of a size and a label of its own."""
+    corner = torch.arange(SHAPE[1]) <= torch.arange(num)[:, None] % SHAPE[1]
+    return tuple(Instances((row[:, None] & row)[None], torch.tensor([number])) for number, row in enumerate(corner))
+
+
+def segment(images: Tensor, instances: Sequence[Instances]) -> Tensor:
+    """How far the mean inside each mask is from its label."""
+    insides = [image[:, one.masks[0]].mean() - one.labels[0] for image, one in zip(images, instances, strict=True)]
+    return torch.stack(insides).square()
+
+
+def seen_by(denoiser: Denoiser, slice: int = 8) -> Context:
+    return Context(denoiser, denoiser.roles, Feedback(decode, {}, slice, segment))
+
+
+def with_objects(of: Batch) -> Batch:
+    return replace(of, instances=objects(8))
+
+
+@pytest.mark.parametrize(("adapter", "slice"), [("feedback", 8), ("student", 3)])
+def test_the_perceptual_gradient_is_that_of_the_formula(adapter: str, slice: int) -> None:
+    denoiser = tiny_denoiser(ADAPTERS)
+    stage = replace(PERCEPTUAL, adapter=adapter)  # pyright: ignore[reportArgumentType]
+    stage.check(T)
+    assert stage.uses_instances and not stage.uses_rewards
+    role, of = stage.student_role, with_objects(batch())
+    ctx = seen_by(denoiser, slice)
+    ctx.roles.trainable(stage.trains)
+    loss = stage.objectives(ctx)[0].loss(of, {})
+
+    draws = of.draws.branch(Purpose.PERCEPTUAL_TERM)
+    eps, fresh = (draws.normal(Purpose.ROLLOUT_NOISE, SHAPE, *number).double() for number in ((), (1,)))
+    t, u = torch.full((8,), 499), torch.full((8,), 249)
+    z = denoiser.noise(of.x0, eps, t)
+    z = denoiser.noise(denoiser(role, z, t, of.cond).x0, fresh, u).detach()
+    images = decode(denoiser(role, z, u, of.cond).x0)
+    wanted = segment(images, of.instances).mean()
+    torch.testing.assert_close(loss.value, (0.3 * wanted).to(loss.value), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss.logs["perceptual"].double(), wanted.detach(), rtol=1e-5, atol=1e-7)
+    pixels = images.detach().requires_grad_()
+    (at_pixels,) = torch.autograd.grad(segment(pixels, of.instances).mean(), pixels)
+    torch.testing.assert_close(loss.logs["grad_perceptual"].double(), at_pixels.norm(), rtol=1e-5, atol=1e-7)
+    for mine, theirs in zip(gradients(ctx, stage.trains, loss.value), gradients(ctx, stage.trains, 0.3 * wanted), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_images_enter_rollouts_below_the_start_and_every_step_from_there_is_trained() -> None:
+    denoiser = tiny_denoiser(ADAPTERS)
+    stage = replace(PERCEPTUAL, perceptual_rollout=(4, 8), trained_step="random", perceptual_start=400)
+    seen = [stage.perceptual_input(denoiser, replace(batch(), draws=Draws(0, step, tuple(range(8)))))[1] for step in range(80)]
+    assert all(t.eq(t[0]).all() for t in seen)
+    assert {int(t[0]) for t in seen} == {374, 249, 124}
+    stage.check(T)
+    with pytest.raises(ValueError, match=r"stage.perceptual_start must be a timestep from 499, the last of a rollout"):
+        replace(stage, perceptual_rollout=(2, 8)).check(T)
+
+
+def test_the_draws_of_the_terms_are_apart() -> None:
+    """Or the noise of an image would be that from which its reward is drawn."""
+    stage, denoiser = ReFL(perceptual_weight=1.0, perceptual_rollout=(2,), rollout=(2,)), tiny_denoiser(ADAPTERS)
+    t = torch.full((8,), 499)
+    eps = (stage.perceptual_input(denoiser, batch())[0] - denoiser.noise(batch().x0, torch.zeros_like(batch().x0), t)) / denoiser.schedule(
+        t[:1]
+    )[1]
+    assert not torch.allclose(eps, batch().draws.normal(Purpose.ROLLOUT_NOISE, SHAPE).double(), atol=0.1)
+    torch.testing.assert_close(eps, batch().draws.branch(Purpose.PERCEPTUAL_TERM).normal(Purpose.ROLLOUT_NOISE, SHAPE).double())
+
+
+def test_all_terms_add_up_and_micro_batches_are_the_whole_batch() -> None:
+    denoiser = tiny_denoiser(ADAPTERS)
+    ctx, rewards = seen_by(denoiser, slice=3), context(denoiser).feedback
+    assert rewards is not None and ctx.feedback is not None
+    ctx = replace(ctx, feedback=replace(ctx.feedback, rewards=rewards.rewards))
+    both = ReFL(rollout=(2,), perceptual_weight=0.3, perceptual_rollout=(4,))
+    of = with_objects(batch())
+    parts = [replace(both, perceptual_weight=0.0), replace(PERCEPTUAL, trained_step="random")]
+    torch.testing.assert_close(student_loss(both, ctx, of), sum(student_loss(part, ctx, of) for part in parts))
+    halves = [of.rows(range(4)), of.rows(range(4, 8))]
+    torch.testing.assert_close(student_loss(both, ctx, of), sum(student_loss(both, ctx, half) for half in halves) / 2)
+
+
+def test_the_perceptual_term_alone_costs_its_own_rollout_only() -> None:
+    """Two steps below the start: a forward without a gradient, then one with and its backward; each sample is decoded once."""
+    denoiser = unet_denoiser(ADAPTERS)
+    calls: list[bool] = []
+    decoded: list[int] = []
+
+    def counted(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        output = plain(x_t, t, cond)
+        calls.append(output.requires_grad)
+        return output
+
+    def counted_decode(x0: Tensor) -> Tensor:
+        decoded.append(len(x0))
+        return decode(x0)
+
+    plain, denoiser = denoiser.forward, replace(denoiser, forward=lambda *args: counted(*args))
+    feedback = Feedback(counted_decode, {}, 3, lambda images, instances: images.flatten(1).mean(1))
+    ctx = Context(denoiser, denoiser.roles, feedback)
+    ctx.roles.trainable(PERCEPTUAL.trains)
+    PERCEPTUAL.objectives(ctx)[0].loss(replace(unet_batch(), instances=objects(4)), {}).value.backward()
+    assert calls == [False, True] and decoded == [3, 1]

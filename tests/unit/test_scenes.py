@@ -19,9 +19,11 @@ from hyper_sd.data.scenes import (
     SIZES,
     Scenes,
     captions,
+    masks,
     render,
     sample_scenes,
 )
+from hyper_sd.data.scenes_data import ScenesSource
 
 NUM = 1500
 SCENES = sample_scenes(0, np.arange(NUM))
@@ -163,3 +165,35 @@ def test_only_rings_are_hollow_and_only_triangles_are_upright() -> None:
         assert hollow == (shape == "ring")
         skew = float((weights.sum(1) * (axis - y) ** 3).sum()) / float((weights.sum(1) * (axis - y) ** 2).sum()) ** 1.5
         assert (skew < -0.25) == (shape == "triangle")
+
+
+def test_masks_are_what_the_render_shows_of_each_object() -> None:
+    """Background and objects, mixed by the masks, are the picture."""
+    scenes = SCENES.rows(np.arange(200))
+    covered = masks(scenes)
+    assert covered.shape == (200, NUM_PLACES, IMAGE_SIZE, IMAGE_SIZE) and covered.min() == 0 and covered.max() == 1
+    empty = torch.from_numpy(scenes.shape == EMPTY)
+    assert not covered[empty].any() and (covered[~empty].flatten(1).amax(1) == 1).all()
+    palette, jitter = torch.tensor(list(COLORS.values())), torch.from_numpy(scenes.jitter).float()
+    image = torch.stack([background(scenes, row) for row in range(200)])[:, :, None, None].expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    for place in range(NUM_PLACES):
+        color = (palette[torch.from_numpy(scenes.color[:, place])] + 0.03 * jitter[:, place, 3:]).clamp(0, 1)
+        image = image + covered[:, place, None] * (color[:, :, None, None] - image)
+    torch.testing.assert_close(image, IMAGES[:200])
+
+
+def test_instances_are_the_objects_at_any_size() -> None:
+    """A run that asks for them gets one mask of each object; one that does not gets none."""
+    for size in (IMAGE_SIZE, 48):
+        samples = ScenesSource(0, size, instances=True).batch(range(20))
+        assert samples.images is not None and len(samples.instances) == 20
+        for image, found in zip(samples.images, samples.instances, strict=True):
+            assert (
+                found.masks.shape == (len(found.labels), size, size)
+                and found.masks.dtype == torch.bool
+                and found.masks.flatten(1).any(1).all()
+            )
+            inside, outside = image[:, found.masks.any(0)], image[:, ~found.masks.any(0)]
+            assert (inside.mean(1) - outside.mean(1)).abs().max() > 0.05  # no object has the colour of a background
+    assert ScenesSource(0, 32, instances=True).categories == SHAPES
+    assert ScenesSource(0, 32).categories == () and ScenesSource(0, 32).batch([0]).instances == ()

@@ -56,7 +56,7 @@ def train(kind: EmbeddedKind, workdir: Path) -> EmbeddedReward:
 def contrastive_loss(reward: EmbeddedReward, scenes: Scenes, changed: Scenes, draw: torch.Generator) -> Tensor:
     num = len(scenes)
     clean = render(scenes)
-    images = torch.cat([_grain(clean, draw), _grain(render(changed), draw), spoil(clean, draw)])
+    images = torch.cat([grain(clean, draw), grain(render(changed), draw), spoil(clean, draw)])
     seen = reward.embed_images(images)
     said = reward.embed_words(words(captions(scenes) + captions(changed)))
     logits = seen @ said.T / TEMPERATURE
@@ -113,10 +113,10 @@ def spoil(images: Tensor, draw: torch.Generator) -> Tensor:
     noisy = (images + 0.35 * coarse).clamp(0, 1)
     exposed = 0.5 * (images + images.roll(1, 0))
     worse = torch.where(kind == 0, blurred, torch.where(kind == 1, noisy, exposed))
-    return _grain(images + strength * (worse - images), draw)
+    return grain(images + strength * (worse - images), draw)
 
 
-def _grain(images: Tensor, draw: torch.Generator) -> Tensor:
+def grain(images: Tensor, draw: torch.Generator) -> Tensor:
     """A little pixel noise and blur, which are no fault: a decoder leaves as much."""
     num = len(images)
     soft = functional.avg_pool2d(functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)

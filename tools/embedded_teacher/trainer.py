@@ -73,8 +73,8 @@ def _save(path: Path, step: int, params: dict, average: dict, optimizer: torch.o
     tensors = {f"param/{name}": value.detach() for name, value in params.items()}
     tensors |= {f"average/{name}": value for name, value in average.items()}
     for name, value in params.items():
-        tensors[f"exp_avg/{name}"] = optimizer.state[value]["exp_avg"]
-        tensors[f"exp_avg_sq/{name}"] = optimizer.state[value]["exp_avg_sq"]
+        for moment in ("exp_avg", "exp_avg_sq"):  # none where the loss does not reach
+            tensors[f"{moment}/{name}"] = optimizer.state[value].get(moment, torch.zeros_like(value))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({key: value.contiguous() for key, value in tensors.items()}, partial, metadata={"progress": json.dumps({"step": step})})
