@@ -41,14 +41,14 @@ class Judge(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 64): the mean over positions of the third block's activations, each of unit variance on renders."""
-        return self.convs[:_POOLED_LAYERS](2 * images - 1).mean((2, 3)) / self.feature_std
+        return self.maps(images).mean((2, 3)) / self.feature_std
+
+    def maps(self, images: Tensor) -> Tensor:
+        """The third block's activations, (B, 64, 16, 16)."""
+        return self.convs[:_POOLED_LAYERS](2 * images - 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return self.split(self.to_hidden(self.convs(2 * images - 1)))
-
-    def split(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """The logits of the 13 attributes from the last hidden layer."""
-        return self.to_logits(hidden).split(ATTRIBUTE_SIZES, dim=1)
+        return self.to_logits(self.to_hidden(self.convs(2 * images - 1))).split(ATTRIBUTE_SIZES, dim=1)
 
     @torch.no_grad()
     def attributes(self, images: Tensor) -> Tensor:

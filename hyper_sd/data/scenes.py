@@ -1,4 +1,4 @@
-"""Procedural captioned scenes: one or two coloured shapes on a background lit from one side, 32 by 32 pixels.
+"""Procedural captioned scenes: one or two coloured shapes on a clouded background, 32 by 32 pixels.
 
 The embedded teacher was trained on them and the demo distils on them. A scene is a pure function of (seed, index), so the
 data set has no files, no end and no epoch.
@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hyper_sd.randomness import uniforms
 
@@ -26,7 +27,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "cyan": (0.12, 0.82, 0.86),
     "white": (0.97, 0.97, 0.97),
 }
-BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # the dark and the light end of a gradient
+BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # the dark and the light parts of the clouds
     "black": ((0.00, 0.00, 0.00), (0.26, 0.26, 0.26)),
     "gray": ((0.36, 0.36, 0.36), (0.72, 0.72, 0.72)),
     "pink": ((0.82, 0.42, 0.56), (0.99, 0.76, 0.83)),
@@ -34,12 +35,14 @@ BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, flo
     "navy": ((0.01, 0.02, 0.12), (0.14, 0.26, 0.62)),
 }
 NUM_PLACES = len(PLACES)
+NUM_CLOUDS = 8  # points a side
 EMPTY = len(SHAPES)  # the shape label of a place without an object
 
 _RADIUS = (3.7, 6.4)  # pixels, by size
 _POSITION_JITTER = (2.4, 1.0)  # pixels to either side, by size
 _RADIUS_JITTER = 0.06  # relative
 _COLOR_JITTER = 0.03  # per channel
+_CLOUD_CONTRAST = 0.28  # standard deviation at their points, 1 is from dark to light
 _TWO_OBJECTS = 0.65  # share of scenes with two objects
 
 
@@ -48,8 +51,8 @@ class Scenes:
     """A batch of B scenes. Labels are integer arrays; an empty place has shape label EMPTY and colour and size 0.
 
     shape, color, size: (B, 4), one column a place; background: (B,); jitter: (B, 4, 6) uniform in [-1, 1] for x, y, radius and
-    colour; light: (B,) the angle, in radians, to the light end of the background; first: (B,) the place that the caption names first.
-    What a caption leaves open is continuous: jitter and light.
+    colour; clouds: (B, 8, 8) standard normal, how light the background is around 64 points; first: (B,) the place that the caption
+    names first. What a caption leaves open is continuous: jitter and clouds.
     """
 
     shape: np.ndarray
@@ -57,7 +60,7 @@ class Scenes:
     size: np.ndarray
     background: np.ndarray
     jitter: np.ndarray
-    light: np.ndarray
+    clouds: np.ndarray
     first: np.ndarray
 
     def __len__(self) -> int:
@@ -88,8 +91,9 @@ def sample_scenes(seed: int, index: np.ndarray) -> Scenes:
         size[at] = _choice(u[keep, column + 2], len(SIZES))
     jitter = 2 * u[:, 9:].reshape(batch, NUM_PLACES, 6) - 1
     background = _choice(uniforms((seed, 0xBAC6), np.asarray(index), 1)[:, 0], len(BACKGROUNDS))
-    light = 2 * np.pi * uniforms((seed, 0x116A7), np.asarray(index), 1)[:, 0]
-    return Scenes(shape, color, size, background, jitter, light, first)
+    quantile = torch.from_numpy(uniforms((seed, 0xC10D5), np.asarray(index), NUM_CLOUDS**2)).clamp(min=1e-12)
+    clouds = torch.special.ndtri(quantile).reshape(batch, NUM_CLOUDS, NUM_CLOUDS).numpy()
+    return Scenes(shape, color, size, background, jitter, clouds, first)
 
 
 def captions(scenes: Scenes) -> list[str]:
@@ -106,7 +110,7 @@ def render(scenes: Scenes) -> Tensor:
     """Draw the scenes with anti-aliased edges: float32 (B, 3, 32, 32) in [0, 1]."""
     axis = torch.arange(IMAGE_SIZE) + 0.5
     y, x = axis[:, None], axis[None, :]
-    image = _background(scenes, x, y)
+    image = _background(scenes)
     palette = torch.tensor(list(COLORS.values()))
     jitter = torch.from_numpy(scenes.jitter).float()
     size = torch.from_numpy(scenes.size)
@@ -124,13 +128,12 @@ def render(scenes: Scenes) -> Tensor:
     return image
 
 
-def _background(scenes: Scenes, x: Tensor, y: Tensor) -> Tensor:
-    """A linear gradient from the dark to the light end, which lies in the direction `light`; (B, 3, 32, 32)."""
-    dark, light = torch.tensor(list(BACKGROUNDS.values()))[torch.from_numpy(scenes.background)].unbind(1)
-    angle = torch.from_numpy(scenes.light).float()[:, None, None]
-    half = IMAGE_SIZE / 2
-    ramp = (0.5 + 0.5 * ((x - half) * angle.cos() + (y - half) * angle.sin()) / half).clamp(0, 1)
-    return torch.lerp(dark[:, :, None, None], light[:, :, None, None], ramp[:, None])
+def _background(scenes: Scenes) -> Tensor:
+    """Between the dark and the light of the background's colour as its clouds say, interpolated between their points; (B, 3, 32, 32)."""
+    dark, light = torch.tensor(list(BACKGROUNDS.values()))[torch.from_numpy(scenes.background)][..., None, None].unbind(1)
+    clouds = torch.from_numpy(scenes.clouds).float()[:, None]
+    clouds = functional.interpolate(clouds, size=IMAGE_SIZE, mode="bilinear")
+    return torch.lerp(dark, light, (0.5 + _CLOUD_CONTRAST * clouds).clamp(0, 1))
 
 
 def _coverage(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hyper_sd.data.scenes import (
     BACKGROUNDS,
@@ -41,11 +42,10 @@ def quadrant(image: Tensor, place: int) -> Tensor:
 
 
 def background(row: int) -> Tensor:
-    """What `render` draws where there is no object, by the scene's definition: a ramp of `light` from dark to light (3, 32, 32)."""
+    """What `render` draws where there is no object: between the dark and the light of its colour, as its clouds say (3, 32, 32)."""
     dark, light = (torch.tensor(end)[:, None, None] for end in list(BACKGROUNDS.values())[SCENES.background[row]])
-    axis = (torch.arange(IMAGE_SIZE) + 0.5) / HALF - 1
-    ramp = 0.5 + 0.5 * (axis[None, :] * math.cos(SCENES.light[row]) + axis[:, None] * math.sin(SCENES.light[row]))
-    return dark + ramp.clamp(0, 1) * (light - dark)
+    clouds = functional.interpolate(torch.from_numpy(SCENES.clouds[row]).float()[None, None], size=IMAGE_SIZE, mode="bilinear")[0]
+    return dark + (0.5 + 0.28 * clouds).clamp(0, 1) * (light - dark)
 
 
 def objects() -> list[tuple[int, int]]:
@@ -78,9 +78,10 @@ def test_the_world_is_as_large_as_promised() -> None:
     assert len(COLORS) == 8 and len(SIZES) == 2 and len(PLACES) == 4
 
 
-def test_light_comes_evenly_from_every_side() -> None:
-    share = np.bincount((SCENES.light / (2 * np.pi) * 8).astype(int), minlength=8) / NUM
-    assert len(share) == 8 and np.abs(share * 8 - 1).max() < 0.25
+def test_clouds_are_standard_normal() -> None:
+    assert abs(SCENES.clouds.mean()) < 0.02 and abs(SCENES.clouds.std() - 1) < 0.02
+    neighbours = np.corrcoef(SCENES.clouds[:, :-1].ravel(), SCENES.clouds[:, 1:].ravel())[0, 1]
+    assert abs(neighbours) < 0.02
 
 
 def test_every_attribute_is_drawn_evenly_and_half_of_the_scenes_have_two_objects() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hyper_sd.data.scenes import EMPTY, NUM_PLACES, render, sample_scenes
-from hyper_sd.judge import Judge, all_right
+from hyper_sd.judge import NUM_FEATURES, Judge, all_right
 from hyper_sd.randomness import generator
 from tools.embedded_teacher.trainer import Plan, fit
 
@@ -27,9 +27,8 @@ def train_judge(workdir: Path, steps: int) -> Judge:
         draw = generator(SEED, step)
         images = images + NOISE * torch.rand(BATCH, 1, 1, 1, generator=draw) * torch.randn(images.shape, generator=draw)
         labels = scenes.labels()
-        logits, light = pupil(images)
-        angle = torch.from_numpy(scenes.light).float()
-        loss = (light - torch.stack([angle.cos(), angle.sin()], dim=1)).square().sum(dim=1).mean()
+        logits, clouds = pupil(images)
+        loss = (clouds - torch.from_numpy(scenes.clouds).float()).square().mean()
         for column, (scores, label) in enumerate(zip(logits, labels.T, strict=True)):
             present = labels[:, column % NUM_PLACES] != EMPTY
             judged = present if NUM_PLACES <= column < 3 * NUM_PLACES else torch.ones_like(present)
@@ -42,16 +41,15 @@ def train_judge(workdir: Path, steps: int) -> Judge:
 
 
 class _Pupil(nn.Module):
-    """The judge with a head for the direction of the light, which keeps gradients in its features and is thrown away."""
+    """The judge with a head that reads the clouds back, which keeps their contrast in its features, and is thrown away."""
 
     def __init__(self) -> None:
         super().__init__()
         self.judge = Judge()
-        self.light = nn.Linear(self.judge.to_logits.in_features, 2)
+        self.clouds = nn.Conv2d(NUM_FEATURES, 1, 2, 2)
 
     def forward(self, images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        hidden = self.judge.to_hidden(self.judge.convs(2 * images - 1))
-        return self.judge.split(hidden), self.light(hidden)
+        return self.judge(images), self.clouds(self.judge.maps(images))[:, 0]
 
 
 @torch.no_grad()
