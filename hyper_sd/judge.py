@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hyper_sd.data.scenes import ANY, BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, SHAPES, SIZES
+from hyper_sd.data.scenes import BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, SHAPES, SIZES
 
 ATTRIBUTE_SIZES = (len(SHAPES) + 1,) * NUM_PLACES + (len(COLORS),) * NUM_PLACES + (len(SIZES),) * NUM_PLACES + (len(BACKGROUNDS),)
 NUM_FEATURES = 64
@@ -41,7 +41,11 @@ class Judge(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 64): the mean over positions of the third block's activations, each of unit variance on renders."""
-        return self.convs[:_POOLED_LAYERS](2 * images - 1).mean((2, 3)) / self.feature_std
+        return self.maps(images).mean((2, 3)) / self.feature_std
+
+    def maps(self, images: Tensor) -> Tensor:
+        """The third block's activations, (B, 64, 16, 16)."""
+        return self.convs[:_POOLED_LAYERS](2 * images - 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return self.to_logits(self.to_hidden(self.convs(2 * images - 1))).split(ATTRIBUTE_SIZES, dim=1)
@@ -64,15 +68,10 @@ class Judge(nn.Module):
 
 
 def all_right(found: Tensor, wanted: Tensor) -> Tensor:
-    """Whether every stated attribute is right, (B,) bool.
-
-    Colour and size of a place count only where an object is wanted. An attribute left open (ANY) is always right, but a shape
-    left open still has to be some shape.
-    """
+    """Whether every attribute is right, (B,) bool. Colour and size of a place count only where an object is wanted."""
     present = wanted[:, :NUM_PLACES] != EMPTY
     counts = torch.cat([torch.ones_like(present), present, present, torch.ones_like(present[:, :1])], dim=1)
-    lacking = (wanted[:, :NUM_PLACES] == ANY) & (found[:, :NUM_PLACES] == EMPTY)
-    return ((found == wanted) | (wanted == ANY) | ~counts).all(dim=1) & ~lacking.any(dim=1)
+    return ((found == wanted) | ~counts).all(dim=1)
 
 
 def _block(num_in: int, num_out: int, stride: int) -> tuple[nn.Module, ...]:

@@ -53,7 +53,7 @@ def make_draw(cfg: EvalConfig, number: int, num_prompts: int, source: Source | N
     seed = fold(cfg.seed, Purpose.SAMPLE, number)
     if cfg.judge is not None:
         scenes = sample_scenes(seed, np.arange(num_prompts))
-        return Draw(seed, captions(scenes), scenes.wanted(), render(scenes))
+        return Draw(seed, captions(scenes), scenes.labels(), render(scenes))
     assert source is not None, "without a judge, prompts come from a data source"
     first = number * num_prompts
     positions = range(first, first + num_prompts)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyper_sd.data.scenes import ANY, EMPTY, NUM_PLACES, Scenes, captions, phrases, sample_scenes
+from hyper_sd.data.scenes import EMPTY, NUM_PLACES, Scenes, captions, phrases, sample_scenes
 from hyper_sd.measure import Evaluator, Job
 from hyper_sd.randomness import Purpose, fold
 from hyper_sd.sample import adapter, decode, quiet, sample
@@ -54,11 +54,10 @@ def _two_objects(seed: int, num: int) -> Scenes:
 
 
 def finds_second(attributes: Tensor, scenes: Scenes) -> Tensor:
-    """Whether the judge's attributes (B, 13) have, at the second object's place, what the caption states of it; (B,) bool."""
-    wanted, rows = scenes.wanted(), torch.arange(len(attributes))
+    """Whether the judge's attributes (B, 13) have, at the second object's place, what the caption says of it; (B,) bool."""
+    wanted, rows = scenes.labels(), torch.arange(len(attributes))
     others = wanted[:, :NUM_PLACES] != EMPTY
     others[rows, torch.from_numpy(scenes.first)] = False
     place = others.int().argmax(dim=1)
     columns = torch.stack([place, NUM_PLACES + place, 2 * NUM_PLACES + place], dim=1)
-    found, stated = attributes.gather(1, columns), wanted.gather(1, columns)
-    return ((found == stated) | (stated == ANY)).all(dim=1) & (found[:, 0] != EMPTY)
+    return (attributes.gather(1, columns) == wanted.gather(1, columns)).all(dim=1)

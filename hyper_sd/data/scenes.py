@@ -1,14 +1,15 @@
-"""Procedural captioned scenes: one or two coloured shapes on a coloured background, 32 by 32 pixels.
+"""Procedural captioned scenes: one or two coloured shapes on a clouded background, 32 by 32 pixels.
 
 The embedded teacher was trained on them and the demo distils on them. A scene is a pure function of (seed, index), so the
 data set has no files, no end and no epoch.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hyper_sd.randomness import uniforms
 
@@ -26,24 +27,23 @@ COLORS: dict[str, tuple[float, float, float]] = {
     "cyan": (0.12, 0.82, 0.86),
     "white": (0.97, 0.97, 0.97),
 }
-BACKGROUNDS: dict[str, tuple[float, float, float]] = {
-    "black": (0.04, 0.04, 0.04),
-    "gray": (0.50, 0.50, 0.50),
-    "pink": (0.98, 0.70, 0.78),
-    "brown": (0.40, 0.24, 0.12),
-    "navy": (0.05, 0.09, 0.30),
+BACKGROUNDS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {  # the dark and the light parts of the clouds
+    "black": ((0.00, 0.00, 0.00), (0.26, 0.26, 0.26)),
+    "gray": ((0.36, 0.36, 0.36), (0.72, 0.72, 0.72)),
+    "pink": ((0.82, 0.42, 0.56), (0.99, 0.76, 0.83)),
+    "brown": ((0.20, 0.11, 0.04), (0.62, 0.42, 0.24)),
+    "navy": ((0.01, 0.02, 0.12), (0.14, 0.26, 0.62)),
 }
 NUM_PLACES = len(PLACES)
+NUM_CLOUDS = 8  # points a side
 EMPTY = len(SHAPES)  # the shape label of a place without an object
 
 _RADIUS = (3.7, 6.4)  # pixels, by size
 _POSITION_JITTER = (2.4, 1.0)  # pixels to either side, by size
 _RADIUS_JITTER = 0.06  # relative
 _COLOR_JITTER = 0.03  # per channel
+_CLOUD_CONTRAST = 0.28  # standard deviation at their points, 1 is from dark to light
 _TWO_OBJECTS = 0.65  # share of scenes with two objects
-_UNSTATED = 0.3  # share of shapes, colours and sizes that the caption leaves open
-_UNSTATED_BACKGROUND = 0.5
-ANY = -1  # the label of an attribute that a caption leaves open
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Scenes:
     """A batch of B scenes. Labels are integer arrays; an empty place has shape label EMPTY and colour and size 0.
 
     shape, color, size: (B, 4), one column a place; background: (B,); jitter: (B, 4, 6) uniform in [-1, 1] for x, y, radius and
-    colour; first: (B,) the place that the caption names first; stated: (B, 13) whether the caption states each of `labels`.
+    colour; clouds: (B, 8, 8) standard normal, how light the background is around 64 points; first: (B,) the place that the caption
+    names first. What a caption leaves open is continuous: jitter and clouds.
     """
 
     shape: np.ndarray
@@ -59,8 +60,8 @@ class Scenes:
     size: np.ndarray
     background: np.ndarray
     jitter: np.ndarray
+    clouds: np.ndarray
     first: np.ndarray
-    stated: np.ndarray
 
     def __len__(self) -> int:
         return len(self.background)
@@ -72,17 +73,6 @@ class Scenes:
     def rows(self, index: np.ndarray) -> "Scenes":
         """Some of the scenes."""
         return Scenes(*(getattr(self, item.name)[index] for item in fields(self)))
-
-    def fully_stated(self) -> "Scenes":
-        """The same scenes with captions that leave nothing open."""
-        return replace(self, stated=np.ones_like(self.stated))
-
-    def wanted(self) -> Tensor:
-        """`labels` as far as the captions state them, (B, 13); ANY where they do not. Every place states whether it holds an object."""
-        labels = self.labels()
-        unstated = ~torch.from_numpy(self.stated)
-        unstated[:, :NUM_PLACES] &= labels[:, :NUM_PLACES] != EMPTY
-        return labels.masked_fill(unstated, ANY)
 
 
 def sample_scenes(seed: int, index: np.ndarray) -> Scenes:
@@ -101,20 +91,13 @@ def sample_scenes(seed: int, index: np.ndarray) -> Scenes:
         size[at] = _choice(u[keep, column + 2], len(SIZES))
     jitter = 2 * u[:, 9:].reshape(batch, NUM_PLACES, 6) - 1
     background = _choice(uniforms((seed, 0xBAC6), np.asarray(index), 1)[:, 0], len(BACKGROUNDS))
-    unstated = np.array([_UNSTATED] * 3 * NUM_PLACES + [_UNSTATED_BACKGROUND])
-    stated = uniforms((seed, 0x57A7ED), np.asarray(index), 3 * NUM_PLACES + 1) >= unstated
-    open_shape = ~stated[:, :NUM_PLACES] & (shape != EMPTY)  # at most one, and then no background: a caption has 24 tokens
-    stated[rows, second] |= open_shape.sum(axis=1) == 2
-    stated[:, 3 * NUM_PLACES] &= ~open_shape.any(axis=1)
-    return Scenes(shape, color, size, background, jitter, first, stated)
+    quantile = torch.from_numpy(uniforms((seed, 0xC10D5), np.asarray(index), NUM_CLOUDS**2)).clamp(min=1e-12)
+    clouds = torch.special.ndtri(quantile).reshape(batch, NUM_CLOUDS, NUM_CLOUDS).numpy()
+    return Scenes(shape, color, size, background, jitter, clouds, first)
 
 
 def captions(scenes: Scenes) -> list[str]:
-    """One caption a scene, e.g. 'a large red circle at the top left and a small blue cross at the bottom right on a gray background'.
-
-    Places are always named; shape, colour, size and background are left open at random, as in 'a red shape at the top left'. At
-    most one shape is left open in a caption, which then does not name the background.
-    """
+    """One caption a scene, e.g. 'a large red circle at the top left and a small blue cross at the bottom right on a gray background'."""
     return [_caption(scenes, row) for row in range(len(scenes))]
 
 
@@ -125,9 +108,7 @@ def phrases(scenes: Scenes) -> list[list[str]]:
 
 def render(scenes: Scenes) -> Tensor:
     """Draw the scenes with anti-aliased edges: float32 (B, 3, 32, 32) in [0, 1]."""
-    batch = len(scenes)
-    image = torch.tensor(list(BACKGROUNDS.values()))[torch.from_numpy(scenes.background)][:, :, None, None]
-    image = image.expand(batch, 3, IMAGE_SIZE, IMAGE_SIZE).clone()
+    image = _background(scenes)
     palette = torch.tensor(list(COLORS.values()))
     jitter = torch.from_numpy(scenes.jitter).float()
     for place in range(NUM_PLACES):
@@ -156,6 +137,14 @@ def _object(scenes: Scenes, place: int) -> Tensor:
     return coverage * (shape != EMPTY)[:, None, None]
 
 
+def _background(scenes: Scenes) -> Tensor:
+    """Between the dark and the light of the background's colour as its clouds say, interpolated between their points; (B, 3, 32, 32)."""
+    dark, light = torch.tensor(list(BACKGROUNDS.values()))[torch.from_numpy(scenes.background)][..., None, None].unbind(1)
+    clouds = torch.from_numpy(scenes.clouds).float()[:, None]
+    clouds = functional.interpolate(clouds, size=IMAGE_SIZE, mode="bilinear")
+    return torch.lerp(dark, light, (0.5 + _CLOUD_CONTRAST * clouds).clamp(0, 1))
+
+
 def _coverage(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
     """Share of each pixel that the shape covers, from its signed distance in pixels (negative inside); (B, 32, 32)."""
     circle = (dx.square() + dy.square()).sqrt() - radius
@@ -172,8 +161,6 @@ def _coverage(dx: Tensor, dy: Tensor, radius: Tensor, shape: Tensor) -> Tensor:
 
 def _caption(scenes: Scenes, row: int) -> str:
     objects = " and ".join(_phrase(scenes, row, place) for place in _places(scenes, row))
-    if not scenes.stated[row, 3 * NUM_PLACES]:
-        return objects
     return f"{objects} on a {list(BACKGROUNDS)[scenes.background[row]]} background"
 
 
@@ -184,15 +171,8 @@ def _places(scenes: Scenes, row: int) -> list[int]:
 
 
 def _phrase(scenes: Scenes, row: int, place: int) -> str:
-    shape_stated, color_stated, size_stated = scenes.stated[row, [place, NUM_PLACES + place, 2 * NUM_PLACES + place]]
-    words = [
-        "a",
-        SIZES[scenes.size[row, place]] if size_stated else "",
-        list(COLORS)[scenes.color[row, place]] if color_stated else "",
-        SHAPES[scenes.shape[row, place]] if shape_stated else "shape",
-        f"at the {PLACES[place]}",
-    ]
-    return " ".join(word for word in words if word)
+    size, color, shape = SIZES[scenes.size[row, place]], list(COLORS)[scenes.color[row, place]], SHAPES[scenes.shape[row, place]]
+    return f"a {size} {color} {shape} at the {PLACES[place]}"
 
 
 def _choice(u: np.ndarray, num: int) -> np.ndarray:

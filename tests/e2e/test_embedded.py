@@ -68,7 +68,7 @@ def test_reconstructions_are_right(pipe: Any, judge: Judge) -> None:
 @torch.inference_mode()
 def test_the_teacher_draws_what_it_is_told_and_needs_its_steps(pipe: Any, judge: Judge) -> None:
     scenes = sample_scenes(8, np.arange(64))
-    labels, prompts = scenes.wanted(), captions(scenes)
+    labels, prompts = scenes.labels(), captions(scenes)
     reached = {}
     for steps, guidance in ((25, 3.0), (1, 1.0)):
         draw = torch.Generator().manual_seed(0)

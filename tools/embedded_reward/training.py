@@ -1,8 +1,8 @@
 """Contrastive training of the embedded rewards on rendered scenes, and what they may be trusted with.
 
-A caption has to find its render among all renders of the batch, its own scene with one stated attribute changed, and its own render
+A caption has to find its render among all renders of the batch, its own scene with one attribute changed, and its own render
 spoilt by blur, noise or a second exposure; a render has to find its caption among all captions and those of the changed scenes.
-Pairs that match by chance, because a caption leaves much open, count neither way.
+Pairs that match by chance count neither way.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hyper_sd.data.scenes import BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, SHAPES, Scenes, captions, render, sample_scenes
+from hyper_sd.data.scenes import BACKGROUNDS, COLORS, EMPTY, SHAPES, Scenes, captions, render, sample_scenes
 from hyper_sd.judge import all_right
 from hyper_sd.randomness import generator
 from hyper_sd.rewards.embedded import EmbeddedKind, EmbeddedReward, new_reward, words
@@ -60,27 +60,24 @@ def contrastive_loss(reward: EmbeddedReward, scenes: Scenes, changed: Scenes, dr
     seen = reward.embed_images(images)
     said = reward.embed_words(words(captions(scenes) + captions(changed)))
     logits = seen @ said.T / TEMPERATURE
-    labels, wanted = torch.cat([scenes.labels(), changed.labels()]), torch.cat([scenes.wanted(), changed.wanted()])
-    rows, columns = len(labels), len(wanted)
-    matches = all_right(labels.repeat_interleave(columns, 0), wanted.repeat(rows, 1)).reshape(rows, columns)
+    labels = torch.cat([scenes.labels(), changed.labels()])
+    rows = len(labels)
+    matches = all_right(labels.repeat_interleave(rows, 0), labels.repeat(rows, 1)).reshape(rows, rows)
     matches.fill_diagonal_(False)
-    spoilt = torch.zeros(num, columns, dtype=torch.bool)  # a spoilt render is nobody's
+    spoilt = torch.zeros(num, rows, dtype=torch.bool)  # a spoilt render is nobody's
     logits = logits.masked_fill(torch.cat([matches, spoilt]), -1e4)
-    target = torch.arange(columns)
+    target = torch.arange(rows)
     return functional.cross_entropy(logits[:rows], target) + functional.cross_entropy(logits.T, target)
 
 
 def change_one(scenes: Scenes, seed: int, step: int) -> Scenes:
-    """Another value for one stated attribute of every scene: shape, colour, size or place of an object, or the background."""
+    """Another value for one attribute of every scene: shape, colour, size or place of an object, or the background."""
     draw = np.random.default_rng((seed, step))
     shape, color, size = scenes.shape.copy(), scenes.color.copy(), scenes.size.copy()
-    background, first, stated = scenes.background.copy(), scenes.first.copy(), scenes.stated.copy()
+    background, first = scenes.background.copy(), scenes.first.copy()
     for row in range(len(scenes)):
         place = int(draw.choice(np.flatnonzero(scenes.shape[row] != EMPTY)))
-        kinds = ["place"]
-        kinds += ["shape"] * (2 * bool(stated[row, place])) + ["color"] * bool(stated[row, NUM_PLACES + place])
-        kinds += ["size"] * bool(stated[row, 2 * NUM_PLACES + place]) + ["background"] * bool(stated[row, 3 * NUM_PLACES])
-        kind = kinds[draw.integers(len(kinds))]
+        kind = ("place", "shape", "shape", "color", "size", "background")[draw.integers(6)]
         other = int(draw.integers(1, 64))
         if kind == "shape":
             shape[row, place] = (shape[row, place] + 1 + other % (len(SHAPES) - 1)) % len(SHAPES)
@@ -95,12 +92,9 @@ def change_one(scenes: Scenes, seed: int, step: int) -> Scenes:
             to = int(free[other % len(free)])
             for values in (shape, color, size):
                 values[row, [place, to]] = values[row, [to, place]]
-            for kind_of in range(3):
-                pair = [kind_of * NUM_PLACES + place, kind_of * NUM_PLACES + to]
-                stated[row, pair] = stated[row, pair[::-1]]
             if first[row] == place:
                 first[row] = to
-    return replace(scenes, shape=shape, color=color, size=size, background=background, first=first, stated=stated)
+    return replace(scenes, shape=shape, color=color, size=size, background=background, first=first)
 
 
 def spoil(images: Tensor, draw: torch.Generator) -> Tensor:

@@ -24,7 +24,7 @@ def measure_teacher(assets: Path, num: int = 1000) -> dict[str, Any]:
     pipe.set_progress_bar_config(disable=True)
     judge = Judge.load(assets / "judge")
     scenes = sample_scenes(SEED, np.arange(num))
-    labels, prompts = scenes.wanted(), captions(scenes)
+    labels, prompts = scenes.labels(), captions(scenes)
     reference = Gaussian.fit(torch.cat([judge.features(render(sample_scenes(SEED + 1 + i, np.arange(512)))) for i in range(16)]))
     decoded = []
     for pixels in render(scenes).split(64):

@@ -1,12 +1,10 @@
 """Tokenizer and CLIPTextModel of the embedded teacher.
 
 The text encoder is trained alone, before the UNet, to say what a caption says: at the last word of an object's phrase its
-place, size, colour and shape, at the end of the text every attribute of the scene, and which of them are left open. Like
-Stable Diffusion's it is then frozen.
+place, size, colour and shape, at the end of the text every attribute of the scene. Like Stable Diffusion's it is then frozen.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from hyper_sd.data.scenes import ANY, BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, PLACES, SHAPES, SIZES, Scenes, captions
+from hyper_sd.data.scenes import BACKGROUNDS, COLORS, EMPTY, NUM_PLACES, PLACES, SHAPES, SIZES, Scenes, captions, sample_scenes
 from hyper_sd.judge import ATTRIBUTE_SIZES
 from tools.embedded_teacher.trainer import Plan, fit
-
-Captioned = Callable[[int, np.ndarray], Scenes]
 
 SEED = 21
 BATCH = 128
@@ -81,53 +77,47 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 class _Reader(nn.Module):
-    """The encoder with the linear heads it is trained through; the heads are thrown away. The last class of each is 'left open'."""
+    """The encoder with the linear heads it is trained through; the heads are thrown away."""
 
     def __init__(self, encoder: CLIPTextModel):
         super().__init__()
         self.encoder = encoder
-        self.scene = nn.Linear(HIDDEN, sum(_SCENE))
+        self.scene = nn.Linear(HIDDEN, sum(ATTRIBUTE_SIZES))
         self.phrase = nn.Linear(HIDDEN, sum(_PHRASE))
 
 
-_SCENE = tuple(num + 1 for num in ATTRIBUTE_SIZES)
-_PHRASE = (len(PLACES), len(SIZES) + 1, len(COLORS) + 1, len(SHAPES) + 2)
+_PHRASE = (len(PLACES), len(SIZES), len(COLORS), len(SHAPES))
 
 
-def train_text_encoder(
-    tokenizer: CLIPTokenizer, encoder: CLIPTextModel, captioned: Captioned, workdir: Path, name: str, steps: int
-) -> None:
-    """Train `encoder` in place on the captions that `captioned(seed, index)` gives."""
+def train_text_encoder(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, workdir: Path, steps: int) -> None:
+    """Train `encoder` in place."""
     torch.manual_seed(SEED)
     reader = _Reader(encoder)
     sides = torch.tensor(tokenizer.convert_tokens_to_ids(["left</w>", "right</w>"]))
 
     def loss_at(step: int) -> Tensor:
-        scenes = captioned(SEED, np.arange(step * BATCH, (step + 1) * BATCH))
+        scenes = sample_scenes(SEED, np.arange(step * BATCH, (step + 1) * BATCH))
         ids = tokenize(tokenizer, captions(scenes))
         hidden = encoder(ids).last_hidden_state
         end = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
-        loss = _cross_entropy(reader.scene(hidden[torch.arange(BATCH), end]), scenes.wanted(), _SCENE)
+        loss = _cross_entropy(reader.scene(hidden[torch.arange(BATCH), end]), scenes.labels(), ATTRIBUTE_SIZES)
         rows, positions = torch.isin(ids, sides).nonzero().T  # the last words of all phrases, in the order of the captions
         first = torch.cat([torch.ones(1, dtype=torch.bool), rows[1:] != rows[:-1]])
         return loss + _cross_entropy(reader.phrase(hidden[rows, positions]), _phrase_labels(scenes, rows, first), _PHRASE)
 
-    fit(Plan(name=name, steps=steps, lr=2e-3), reader, loss_at, workdir)
+    fit(Plan(name="text", steps=steps, lr=2e-3), reader, loss_at, workdir)
 
 
 def _phrase_labels(scenes: Scenes, rows: Tensor, first: Tensor) -> Tensor:
-    """Place, size, colour and shape of each phrase; ANY where the caption leaves them open. `first` tells a caption's first phrase."""
+    """Place, size, colour and shape of each phrase. `first` tells a caption's first phrase."""
     others = (scenes.shape != EMPTY) & (np.arange(NUM_PLACES)[None] != scenes.first[:, None])
     place = torch.where(first, torch.from_numpy(scenes.first)[rows], torch.from_numpy(others.argmax(axis=1))[rows])
-    wanted = scenes.wanted()[rows]
+    wanted = scenes.labels()[rows]
     at = torch.arange(len(rows))
     return torch.stack([place, wanted[at, 2 * NUM_PLACES + place], wanted[at, NUM_PLACES + place], wanted[at, place]], dim=1)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The sum over attributes of the mean cross entropy; the label ANY is the last class."""
-    losses = [
-        nn.functional.cross_entropy(part, torch.where(label == ANY, num - 1, label))
-        for part, label, num in zip(logits.split(sizes, dim=1), labels.T, sizes, strict=True)
-    ]
+    """The sum over attributes of the mean cross entropy."""
+    losses = [nn.functional.cross_entropy(part, label) for part, label in zip(logits.split(sizes, dim=1), labels.T, strict=True)]
     return torch.stack(losses).sum()

@@ -8,16 +8,16 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from hyper_sd.data.scenes import captions
+from hyper_sd.data.scenes import captions, sample_scenes
 from hyper_sd.randomness import generator
-from tools.embedded_teacher.text import HIDDEN, Captioned, tokenize
+from tools.embedded_teacher.text import HIDDEN, tokenize
 from tools.embedded_teacher.trainer import Plan, fit
 from tools.embedded_teacher.vae import LATENT_CHANNELS, encode_scenes
 
 SEED = 31
 BATCH = 64
 BANK = 48 * 1024  # scenes encoded once, before training
-CAPTION_DROPOUT = 0.1
+CAPTION_DROPOUT = 0.15
 
 
 def noise_schedule() -> DDPMScheduler:
@@ -44,13 +44,12 @@ def train_unet(
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
-    captioned: Captioned,
     workdir: Path,
     plan: Plan,
 ) -> None:
-    """Train `unet` in place on latents of scenes and the captions that `captioned(seed, index)` gives."""
+    """Train `unet` in place on latents of scenes and their captions."""
     vae, text_encoder = vae.eval(), text_encoder.eval()
-    latents, ids = _bank(vae, tokenizer, captioned)
+    latents, ids = _bank(vae, tokenizer)
     empty = tokenize(tokenizer, [""])
     alphas_cumprod = noise_schedule().alphas_cumprod
     snr = alphas_cumprod / (1 - alphas_cumprod)
@@ -74,10 +73,10 @@ def train_unet(
     fit(plan, unet, loss_at, workdir)
 
 
-def _bank(vae: AutoencoderKL, tokenizer: CLIPTokenizer, captioned: Captioned) -> tuple[Tensor, Tensor]:
+def _bank(vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
     latents, ids = [], []
     for start in range(0, BANK, 64):
         index = np.arange(start, start + 64)
         latents.append(encode_scenes(vae, SEED, index).half())
-        ids.append(tokenize(tokenizer, captions(captioned(SEED, index))))
+        ids.append(tokenize(tokenizer, captions(sample_scenes(SEED, index))))
     return torch.cat(latents), torch.cat(ids)

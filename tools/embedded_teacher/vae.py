@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from hyper_sd.data.scenes import render, sample_scenes
 from hyper_sd.randomness import generator
@@ -15,6 +15,8 @@ SEED = 11
 LATENT_CHANNELS = 12
 KL_WEIGHT = 2e-5
 BATCH = 32
+DECODER_FIRST = 10_000  # batch of scenes with which the decoder alone begins
+LATENT_NOISE = 0.05
 
 
 def build_vae() -> AutoencoderKL:
@@ -49,6 +51,21 @@ def train_vae(workdir: Path, steps: int) -> AutoencoderKL:
     fit(Plan(name="vae", steps=steps, lr=1.5e-3), vae, loss_at, workdir)
     standardise(vae)
     return vae
+
+
+def train_decoder(vae: AutoencoderKL, workdir: Path, steps: int) -> None:
+    """Train the decoder on, in place, on latents that stay as they are, with as much noise as sampling leaves."""
+    vae.eval()
+    decoder = nn.ModuleList([vae.decoder, vae.post_quant_conv])
+
+    def loss_at(step: int) -> Tensor:
+        index = np.arange((DECODER_FIRST + step) * BATCH, (DECODER_FIRST + step + 1) * BATCH)
+        latents = encode_scenes(vae, SEED, index)
+        latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator(SEED, DECODER_FIRST + step))
+        error = vae.decode(latents).sample - (2 * render(sample_scenes(SEED, index)) - 1)
+        return error.square().mean() + 0.1 * error.abs().mean()
+
+    fit(Plan(name="decoder", steps=steps, lr=8e-4, ema_decay=0.99), decoder, loss_at, workdir)
 
 
 @torch.no_grad()
