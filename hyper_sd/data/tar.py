@@ -48,7 +48,8 @@ class TarSample:
 def shards(path: str) -> list[str]:
     """The addresses of a brace pattern such as `data/{0000..0099}.tar`, or of several joined by `::`.
 
-    Raises ValueError, naming data.path, for an address that is neither a local file that is there, nor http(s):// or s3://.
+    Raises ValueError, naming data.path, for an address that is neither a local file that is there, nor http(s):// or s3://; OSError
+    if the first remote one cannot be reached.
     """
     try:
         addresses = [address for part in path.split("::") for address in expand_urls(part)]
@@ -57,6 +58,8 @@ def shards(path: str) -> list[str]:
     missing = [address for address in addresses if not storage.is_remote(address) and not _is_file(address)]
     if missing:
         raise ValueError(f"data.path={path}: {len(missing)} of {len(addresses)} shards do not exist (first: {missing[0]})")
+    if remote := [address for address in addresses if storage.is_remote(address)]:
+        storage.size(remote[0])  # a wrong name is told before weights are loaded
     return addresses
 
 
