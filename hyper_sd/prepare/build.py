@@ -84,7 +84,8 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
 def identity(cfg: PrepareConfig, parts: list[Unit]) -> dict[str, Any]:
     """What decides the content of the cache; to go on with other values, or with files added, would mix two caches."""
     values = asdict(cfg)
-    data = {name: values["data"][name] for name in ("kind", "path", "caption_column", "image_column", "split", "subset", "revision")}
+    names = ("kind", "path", "caption_column", "image_column", "split", "subset", "revision", "streaming")
+    data = {name: values["data"][name] for name in names}
     if cfg.data.kind == "prompts":
         data["teacher_steps"] = cfg.data.teacher_steps
     kept = ("buckets", "filters", "scorer", "embeddings", "dtype", "shard_size", "seed", "teacher")

@@ -9,6 +9,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from fsspec.registry import _registry
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -167,6 +168,6 @@ def test_a_server_that_is_not_there_is_an_error_in_the_end(server: Server, monke
 
 def test_without_the_extra_one_error_says_what_to_install(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)  # what an import of it then raises is what it raises where it is not installed
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+    monkeypatch.delitem(_registry, "s3", raising=False)
     with pytest.raises(ValueError, match=r"s3:// needs the package s3fs; install it with pip install 'hyper-sd\[s3\]'"):
         units(DataConfig(kind="webdataset", path="s3://data/{0..9}.tar", batch_size=1), shard_size=10)
