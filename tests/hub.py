@@ -1,9 +1,9 @@
 """A server on this machine that speaks as much of the Hugging Face hub's API as reading data sets needs.
 
-    /api/datasets/<id>[/revision/<rev>]           what is in it, and the commit
-    /api/datasets/<id>/tree/<rev>[/<folder>]      its files
-    /api/datasets/<id>/paths-info/<rev>           sizes of some, by POST
-    /datasets/<id>/resolve/<rev>/<file>           content, by ranges, with ETag and X-Repo-Commit
+/api/datasets/<id>[/revision/<rev>]           what is in it, and the commit
+/api/datasets/<id>/tree/<rev>[/<folder>]      its files
+/api/datasets/<id>/paths-info/<rev>           sizes of some, by POST
+/datasets/<id>/resolve/<rev>/<file>           content, by ranges, with ETag and X-Repo-Commit
 """
 
 import hashlib

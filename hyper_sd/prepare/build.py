@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,13 +16,12 @@ from tqdm import tqdm
 
 from hyper_sd.commands import PrepareConfig
 from hyper_sd.data import storage
-from hyper_sd.data.bad import FEWEST
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import MANIFEST, Manifest
 from hyper_sd.files import write_json
 from hyper_sd.lora_file import DTYPES
 from hyper_sd.prepare.filters import Candidate, Size, buckets, examine
-from hyper_sd.prepare.finish import contact_sheet, finish, is_rejection, summary
+from hyper_sd.prepare.finish import check_bad, contact_sheet, finish, is_rejection, summary
 from hyper_sd.prepare.inputs import Unit, units
 from hyper_sd.prepare.shards import PartName, PartWriter, caption_hash, finished
 from hyper_sd.processes import Processes
@@ -133,7 +132,7 @@ class Preparer:
     stop: Stop
     shows: bool
     _num_read: int = field(default=0, init=False)
-    _num_bad: int = field(default=0, init=False)
+    _bad: list[BadSample] = field(default_factory=list, init=False)
     _num_kept: int = field(default=0, init=False)
     _captions: set[int] = field(default_factory=set, init=False)  # of what is kept of the unit
 
@@ -153,6 +152,8 @@ class Preparer:
     def _unit(self, number: int, unit: Unit, bar: Any) -> bool:
         earlier = finished(Path(self.cfg.out), number)
         self._captions = {int(value) for part in earlier for value in part.index(Path(self.cfg.out))["caption"]}
+        for part in earlier:
+            self._count(part.read, part.dropped)
         start = sum(part.read for part in earlier)
         bar.update(start)
         if earlier and earlier[-1].last:
@@ -190,7 +191,7 @@ class Preparer:
             writer.close(read, last=read < self.cfg.shard_size)
         self._num_kept += len(writer.rows)
         bar.set_postfix(kept=self._num_kept, refresh=False)
-        self._check_bad(read, writer.dropped)
+        self._count(read, writer.dropped)
         return read
 
     @torch.no_grad()
@@ -251,15 +252,11 @@ class Preparer:
         split = [part.split([len(candidate.captions) for candidate in group]) for part in parts]
         return list(zip(*split, strict=True))
 
-    def _check_bad(self, read: int, dropped: list[BadSample]) -> None:
-        bad = [sample for sample in dropped if not is_rejection(sample.reason)]
-        self._num_read, self._num_bad = self._num_read + read, self._num_bad + len(bad)
-        limit = self.cfg.data.max_bad_fraction
-        if bad and self._num_bad > limit * max(self._num_read, FEWEST):
-            raise ValueError(
-                f"{bad[0]}; {self._num_bad} of {self._num_read} samples are bad, more than data.max_bad_fraction={limit:g} allows; what is "
-                f"wrong is listed in {self.cfg.out}; the same command with a larger one goes on"
-            )
+    def _count(self, read: int, dropped: Sequence[BadSample]) -> None:
+        """Of all that this process has looked at, also before an interruption; what all processes found is judged at the end."""
+        self._num_read += read
+        self._bad += [sample for sample in dropped if not is_rejection(sample.reason)]
+        check_bad(self.cfg, self._bad, self._num_read)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:

@@ -93,7 +93,7 @@ def _tar_item(sample: tar.TarSample, column: str, copy: str) -> Entry:
 
 
 def _hf_units(cfg: DataConfig, shard_size: int) -> list[Unit]:
-    """One unit a data file, or a part of the rows where they were downloaded; images stay bytes, decoded with the same care as all others."""
+    """One unit a data file, or shard_size rows where all were downloaded; images stay bytes, decoded with the same care as others."""
     dataset = _load_hf(cfg)
     columns = dataset.column_names
     for key, column in (("data.image_column", cfg.image_column), ("data.caption_column", cfg.caption_column)):

@@ -327,7 +327,7 @@ def test_bad_samples_are_in_the_metrics_and_the_list_of_a_run(sd15: Path, tmp_pa
     options = ("data=folder", f"data.path={folder}", "only=[tscd_8]", "stages.tscd_8.max_steps=12", "engine.checkpoint_every_steps=12")
     run = train(sd15, tmp_path / "run", *options, "data.max_bad_fraction=0.5")
     rows = [row for line in (run / "metrics.jsonl").read_text().splitlines() if "checkpoint_s" not in (row := json.loads(line))]
-    assert [row["bad_samples"] >= least for row, least in zip(rows, (6, 1), strict=True)] == [True, True]  # one an epoch of six positions
+    assert rows[0]["bad_samples"] >= 6 and rows[1]["bad_samples"] == 8  # one an epoch of six positions, 48 of them
     (listed,) = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
     assert listed["name"].endswith("003.png") and listed["reason"] == "unreadable image"
     with pytest.raises(ValueError, match=r"samples read were bad, more than data.max_bad_fraction=0.02"):
