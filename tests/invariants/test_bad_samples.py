@@ -47,7 +47,9 @@ def test_bad_samples_are_counted_on_where_a_run_stopped(tmp_path: Path) -> None:
     finish(start(teacher, two, *options, "data.max_bad_fraction=0.5", "resume=auto", launcher=LAUNCH))
     assert counts(two) == expected
     limited = cut(straight, tmp_path / "limited", 8)
-    with pytest.raises(ValueError, match=r"8 of 4\d samples read were bad, more than data.max_bad_fraction=0.07 allows; .*bad_samples.jsonl"):
+    with pytest.raises(
+        ValueError, match=r"8 of 4\d samples read were bad, more than data.max_bad_fraction=0.07 allows; .*bad_samples.jsonl"
+    ):
         train(teacher, limited, *options, "data.max_bad_fraction=0.07", "resume=auto")
     (listed,) = [json.loads(line) for line in (again / "bad_samples.jsonl").read_text().splitlines()]
     assert listed["name"].endswith("003.png")
