@@ -26,6 +26,7 @@ from hyper_sd.prepare.inputs import Unit, units
 from hyper_sd.prepare.shards import PartName, PartWriter, caption_hash, finished
 from hyper_sd.processes import Processes
 from hyper_sd.randomness import fold
+from hyper_sd.rewards import build_reward, check_reward
 from hyper_sd.sample import own_samples
 from hyper_sd.stop import Stop
 from hyper_sd.teachers import Teacher, base_dtype, inspect_teacher, load_teacher
@@ -42,8 +43,8 @@ _POLL_S = 0.5
 def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None) -> Manifest | None:
     """Make the cache `cfg.out`, or go on with it; None in all but the main process, and if a stop signal came first.
 
-    Every process takes every world_size-th unit of the input, so that the files are the same with any number of processes. `score` is
-    what filters.min_aesthetic is a limit of.
+    Every process takes every world_size-th unit of the input, so that the files are the same with any number of processes. `score`
+    takes the place of the reward model cfg.scorer, which filters.min_aesthetic is a limit of.
     Raises ValueError, naming the key, before any weight is loaded.
     """
     facts = inspect_teacher(cfg.teacher)
@@ -51,17 +52,22 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     scale = facts.image_size // facts.latent_shape[1]
     if cfg.buckets is not None and cfg.buckets.step % scale:
         raise ValueError(f"buckets.step={cfg.buckets.step} must be a multiple of {scale}, the VAE's pixels for one of the latent")
-    if cfg.filters.min_aesthetic is not None and score is None:
+    if (cfg.filters.min_aesthetic is None) != (score is None and cfg.scorer is None):
         raise ValueError(
-            f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs a scorer, e.g. +reward@scorer=aesthetic; or set it to null"
+            f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs a scorer, e.g. +reward@scorer=aesthetic, and a scorer needs it; give "
+            "both or none"
         )
     parts = units(cfg.data, cfg.shard_size)
+    if cfg.scorer is not None:
+        check_reward(cfg.scorer, "scorer")
     out, settings = Path(cfg.out), identity(cfg, parts)
     _claim(out, settings)
     processes.barrier()  # all have looked before one writes
     if processes.is_main:
         write_json(out / SETTINGS, settings)
     teacher = load_teacher(cfg.teacher, processes.device, base_dtype(cfg.teacher, processes.device))
+    if cfg.scorer is not None and score is None:
+        score = build_reward(cfg.scorer, processes.device, "scorer").score
     since = time.monotonic()
     if not (out / MANIFEST).is_file():
         with Stop().caught() as stop:

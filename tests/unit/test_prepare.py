@@ -18,9 +18,11 @@ from hyper_sd.config import DataConfig
 from hyper_sd.data import BadSamples, build_source
 from hyper_sd.data.cache import CacheSource, Manifest
 from hyper_sd.data.images import decode, place
+from hyper_sd.data.scenes import captions, render, sample_scenes
 from hyper_sd.job import Feed
 from hyper_sd.prepare.build import Score, prepare
 from hyper_sd.processes import Processes
+from hyper_sd.rewards import build_reward
 from hyper_sd.structured import resolved, structured
 from hyper_sd.teachers import Teacher, load_teacher
 from tests.caches import write_cache
@@ -221,6 +223,30 @@ def test_what_scores_low_is_dropped(sd15: Path, tmp_path: Path, processes: Proce
     assert manifest.num_samples == 4 and manifest.dropped == {"filter: min_aesthetic": 6}
     with pytest.raises(ValueError, match=r"filters.min_aesthetic=6.0 needs a scorer"):
         made(sd15, tmp_path / "other", processes, *overrides)
+
+
+def test_the_reward_model_that_is_asked_for_filters(sd15: Path, tmp_path: Path, processes: Processes) -> None:
+    folder = tmp_path / "scenes"
+    folder.mkdir()
+    chosen = sample_scenes(5, np.arange(6))
+    pixels, texts = (render(chosen).permute(0, 2, 3, 1) * 255).round().byte().numpy(), captions(chosen)
+    for number in range(6):
+        for name, text in (("own", texts[number]), ("other", texts[(number + 3) % 6])):
+            Image.fromarray(pixels[number]).save(folder / f"{number}_{name}.png")
+            (folder / f"{number}_{name}.txt").write_text(text)
+    scorer = config(sd15, tmp_path / "cache", f"data.path={folder}", "+reward@scorer=embedded").scorer
+    assert scorer is not None
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).repeat(2, 1, 1, 1) / 255
+    scores = build_reward(scorer, torch.device("cpu")).score(images, [*texts, *texts[3:], *texts[:3]])
+    least = float(scores.sort().values[5:7].mean())
+    options = (f"data.path={folder}", "+reward@scorer=embedded", "sheet=0")
+    manifest = made(sd15, tmp_path / "cache", processes, *options, f"filters.min_aesthetic={least}")
+    assert manifest.dropped == {"filter: min_aesthetic": 6} and (scores[:6] > least).sum() >= 5
+    left_out = {json.loads(line)["name"] for line in (tmp_path / "cache" / "dropped.jsonl").read_text().splitlines()}
+    names = [str(folder / f"{number}_{name}.png") for name in ("own", "other") for number in range(6)]
+    assert left_out == {name for name, score in zip(names, scores.tolist(), strict=True) if score < least}
+    with pytest.raises(ValueError, match=r"filters.min_aesthetic=None needs a scorer, .* and a scorer needs it; give both or none"):
+        made(sd15, tmp_path / "other", processes, *options)
 
 
 def test_the_teacher_draws_what_has_no_image(sd15: Path, tmp_path: Path, processes: Processes) -> None:
