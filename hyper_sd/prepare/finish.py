@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -138,7 +139,7 @@ def contact_sheet(out: Path, teacher: Teacher, num: int) -> Path | None:
         picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
         left, top = place % _COLUMNS * _THUMBNAIL, place // _COLUMNS * cell
         sheet.paste(picture, (left, top))
-        text = "\n".join(row.caption[line * 34 : (line + 1) * 34] for line in range(_LINES))
+        text = "\n".join(textwrap.wrap(row.caption, 34)[:_LINES])
         canvas.multiline_text((left + 2, top + _THUMBNAIL + 2), text, fill="black", font=font, spacing=1)
     sheet.save(out / SHEET)
     return out / SHEET
