@@ -65,7 +65,7 @@ def test_a_data_set_of_the_hub_is_prepared_streamed_or_downloaded(tmp_path: Path
         hub.failures = 2
         command = [sys.executable, "-c", PROGRAM, str(tiny_sd15(tmp_path / "teacher", image_size=32)), str(tmp_path)]
         environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, input=json.dumps(runs), capture_output=True, text=True, timeout=150)
+        done = subprocess.run(command, cwd=ROOT, env=environment, input=json.dumps(runs), capture_output=True, text=True, timeout=170)
         assert done.returncode == 0, done.stderr[-3000:]
         assert hub.failures == 0 and any("parquet bytes=" in request for request in hub.requests), "by ranges"
     found = json.loads(done.stdout.splitlines()[-1].removeprefix("found "))

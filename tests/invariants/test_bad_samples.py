@@ -36,7 +36,7 @@ def test_bad_samples_are_counted_on_where_a_run_stopped(tmp_path: Path) -> None:
     teacher, folder = tiny_sd15(tmp_path / "teacher", image_size=32), numbered(tmp_path / "photos", 6)
     (folder / "003.png").write_bytes(b"not an image")
     options = ("data=folder", f"data.path={folder}", "only=[tscd_8]", "stages.tscd_8.max_steps=12", "engine.checkpoint_every_steps=4")
-    options = (*options, "engine.keep_last=3", "eval.prompts=0")
+    options = (*options, "engine.keep_last=3", "engine.checkpoint_every_seconds=null")
     straight = train(teacher, tmp_path / "straight", *options, "data.max_bad_fraction=0.5")
     expected = counts(straight)
     assert expected.keys() == {4, 8, 10, 12} and 0 < expected[4] < expected[8] <= expected[10] <= expected[12] == 8
