@@ -26,7 +26,7 @@ class Checkpoint:
     """Every state that matters after `step` steps of a stage. Random draws and the data position follow from the step.
 
     By role: `updates` that were made or skipped, those `skipped`, and the skipped ones `in_a_row` at the end. `history` is what the
-    stage's guard has seen.
+    stage's guard has seen, `bad_samples` how many the stage has met.
     """
 
     step: int
@@ -36,6 +36,7 @@ class Checkpoint:
     skipped: dict[str, int] = field(default_factory=dict)
     in_a_row: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
+    bad_samples: int = 0
 
 
 class CheckpointError(ValueError):
@@ -93,7 +94,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         state = json.loads((path / _STATE).read_text())
         counts = [{str(role): int(count) for role, count in state.get(key, {}).items()} for key in ("updates", "skipped", "in_a_row")]
         history = [{str(name): float(value) for name, value in row.items()} for row in state.get("history", [])]
-        return Checkpoint(int(state["step"]), adapters, optimizer, *counts, history=history)
+        return Checkpoint(int(state["step"]), adapters, optimizer, *counts, history=history, bad_samples=int(state.get("bad_samples", 0)))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path / _STATE} is not the state of a checkpoint: {error!r}") from error
 
@@ -103,7 +104,8 @@ def _write(partial: Path, checkpoint: Checkpoint) -> None:
     save_file(flat, partial / _ADAPTERS)
     save_file(checkpoint.optimizer, partial / _OPTIMIZER)
     counts = {"updates": checkpoint.updates, "skipped": checkpoint.skipped, "in_a_row": checkpoint.in_a_row}
-    (partial / _STATE).write_text(json.dumps({"step": checkpoint.step, **counts, "history": checkpoint.history}))
+    state = {"step": checkpoint.step, **counts, "history": checkpoint.history, "bad_samples": checkpoint.bad_samples}
+    (partial / _STATE).write_text(json.dumps(state))
     with ThreadPoolExecutor(2 * len(_NAMES)) as pool:  # reading for the checksums while the disk is busy with the flush
         flushed = [pool.submit(fsync, partial / name) for name in _NAMES]
         checksums = pool.map(_sha256, [partial / name for name in _NAMES])

@@ -33,7 +33,7 @@ TRACEBACK = "HYPER_SD_TRACEBACK"
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make `main(cfg)` a command: `configs/<config_name>.yaml` and the overrides of the command line, composed by Hydra.
 
-    Overrides are checked before Hydra sees them. A ValueError or FloatingPointError raised by this package is
+    Overrides are checked before Hydra sees them. A ValueError, FloatingPointError or OSError raised by this package is
     printed as one line, exit code 2.
     """
 
@@ -42,7 +42,7 @@ def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable
         def job(cfg: DictConfig) -> None:
             try:
                 main(cfg)
-            except (ValueError, FloatingPointError) as error:
+            except (ValueError, FloatingPointError, OSError) as error:
                 if os.environ.get(TRACEBACK) or not _is_ours(error):
                     traceback.print_exc()
                     raise SystemExit(1) from None

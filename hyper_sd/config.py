@@ -83,6 +83,7 @@ class DataConfig:
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
+    streaming: bool = True
     teacher_steps: Count = 25
     sources: tuple[DataPart, ...] = ()
 

@@ -83,6 +83,7 @@ def _restore(job: Job, engine: Engine, objectives: Sequence[Objective], bad_step
     for adapter, tensors in checkpoint.adapters.items() if checkpoint else ():
         job.context.roles.load_state_dict(adapter, tensors)
     _start_optimizers(job, engine, objectives)  # after the adapters: an engine may copy what it trains
+    job.feed.bad.restore(checkpoint.bad_samples if checkpoint else 0)
     if checkpoint is None:
         return 0
     engine.load_state_dict(checkpoint.optimizer, checkpoint.updates)

@@ -33,29 +33,32 @@ class Meter:
         self._bad_steps.add(step, name, logs["loss"], logs["grad_norm"])
         self._pending.append((name, logs))
 
-    def look(self) -> BadSteps:
-        """Wait for the device; what skipped updates reported is left out of the means."""
+    def look(self, done: int) -> BadSteps:
+        """Wait for the device; what skipped updates reported is left out of the means. Counts bad samples. Called in every process."""
         pending, self._pending = self._pending, []
         for (role, logs), made in zip(pending, self._bad_steps.look(), strict=True):
             for name, value in logs.items() if made else ():
                 self._sums.setdefault(f"{role}/{name}", []).append(value)
+        bad = self._job.feed.bad
+        met = self._engine.mean(torch.tensor(float(bad.take()), device=self._engine.device)).item() * self._engine.world_size
+        bad.count(round(met), done * self._job.plan.batch_size)
         return self._bad_steps
 
     def row(self, done: int, waited_s: float) -> dict[str, float] | None:
         """Means since the last row, over steps and processes, at every LOG_EVERY-th and the last step; else None.
 
-        `waited_s` are the seconds that this process has waited for data so far; bad_samples counts those of all processes.
+        `waited_s` are the seconds that this process has waited for data so far; bad_samples and skipped count from the stage's start.
         """
         self._bar.update()
         if done % LOG_EVERY and done != self._job.plan.max_steps:
             return None
-        skipped = self.look().skipped
+        skipped = self.look(done).skipped
         values = {name: self._engine.mean(torch.stack(parts).mean()).item() for name, parts in self._sums.items()}
         values |= {f"{role}/skipped": float(number) for role, number in skipped.items()}
         now = time.monotonic()
         values["samples_per_s"] = (done - self._logged) * self._job.plan.batch_size / (now - self._since)
-        num_bad, waited = self._job.feed.bad.take(), (waited_s - self._waited_s) / (now - self._since)
-        values["bad_samples"] = self._engine.mean(torch.tensor(float(num_bad), device=self._engine.device)).item() * self._engine.world_size
+        waited = (waited_s - self._waited_s) / (now - self._since)
+        values["bad_samples"] = float(self._job.feed.bad.num)
         values["data_wait"] = self._engine.mean(torch.tensor(waited, device=self._engine.device)).item()
         self._sums, self._since, self._waited_s, self._logged = {}, now, waited_s, done
         if bad := [name for name, value in values.items() if value != value or abs(value) == float("inf")]:

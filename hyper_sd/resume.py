@@ -10,7 +10,7 @@ import yaml
 from hyper_sd.config import RunConfig
 
 CONFIG = "config.yaml"
-FREE = ("name", "run", "resume", "engine", "eval", "tracker", "data.num_workers")
+FREE = ("name", "run", "resume", "engine", "eval", "tracker", "data.num_workers", "data.prefetch", "data.max_bad_fraction")
 _METHOD = ".method."  # how config.yaml groups what the command line calls stages.<name>.<key>
 
 

@@ -59,10 +59,10 @@ class Saver:
                 f"{job.plan.key}: the processes hold different weights of {', '.join(different)} at step {step}; nothing was saved"
             )
         optimizer, updates = self._engine.state_dict()
-        bad = self._meter.look()
+        bad = self._meter.look(step)
         kept, history = ((job.guard.keeps,), job.guard.history) if job.guard is not None else ((), [])
         adapters = {name: roles.state_dict(name) for name in (*names, *kept)} if self._engine.is_main else {}
-        return Checkpoint(step, adapters, optimizer, updates, bad.skipped, bad.in_a_row, history)
+        return Checkpoint(step, adapters, optimizer, updates, bad.skipped, bad.in_a_row, history, job.feed.bad.num)
 
 
 def checkpoints(folder: Path) -> Path:

@@ -12,10 +12,9 @@ def main(cfg: DictConfig) -> None:
     config = structured(PrepareConfig, resolved(cfg))
     from hyper_sd.prepare.build import prepare  # torch: only after the configuration is known to be right
     from hyper_sd.processes import Processes
-    from hyper_sd.rewards import build_reward
 
     processes = Processes(config.cpu_threads)
-    prepare(config, processes, None if config.scorer is None else build_reward(config.scorer, processes.device, "scorer").score)
+    prepare(config, processes)
     processes.close()
 
 

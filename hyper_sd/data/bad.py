@@ -22,34 +22,43 @@ def check_opened(source: Source, max_fraction: float) -> None:
 
 
 class BadSamples:
-    """Keeps the list of one process; all processes of a run append to the same file, one json object a line."""
+    """The bad samples of a stage: `num` over all processes so far, part of checkpoints.
+
+    All processes of a run append to the same list, one json object a line.
+    """
 
     def __init__(self, file: Path, max_fraction: float):
         self._file, self._max_fraction = file, max_fraction
         earlier = file.read_text().splitlines() if file.is_file() else []
         self._listed = {name for line in earlier if (name := _name(line)) is not None}
-        self._num_read = self._num_bad = self._num_new = 0
+        self._num_new = 0
+        self.num = 0
+
+    def restore(self, num: int) -> None:
+        """A stage begins or goes on."""
+        self.num, self._num_new = num, 0
 
     def opened(self, source: Source) -> None:
         """List what was left out when the source was opened, which is the same in all processes: for the main one."""
         self._list(source.bad)
 
     def add(self, samples: Samples) -> None:
-        """Raises ValueError if too many of what was read so far was bad."""
-        self._num_read += len(samples.captions)
-        self._num_bad += len(samples.bad)
         self._num_new += len(samples.bad)
         self._list(samples.bad)
-        if self._num_bad > self._max_fraction * max(self._num_read, FEWEST):
-            raise ValueError(
-                f"{samples.bad[0]}; {self._num_bad} of {self._num_read} samples read were bad, more than "
-                f"data.max_bad_fraction={self._max_fraction:g} allows; all are listed in {self._file}"
-            )
 
     def take(self) -> int:
-        """The number of bad samples since the last call."""
+        """The number of bad samples that this process met since the last call."""
         taken, self._num_new = self._num_new, 0
         return taken
+
+    def count(self, num_new: int, num_read: int) -> None:
+        """Add what all processes met. Raises ValueError, in each of them, if too many of the stage's num_read samples were bad."""
+        self.num += num_new
+        if self.num > self._max_fraction * max(num_read, FEWEST):
+            raise ValueError(
+                f"data.path: {self.num} of {num_read} samples read were bad, more than data.max_bad_fraction={self._max_fraction:g} "
+                f"allows; {self._file} lists them: mend or remove them, or raise it"
+            )
 
     def _list(self, samples: Sequence[BadSample]) -> None:
         new = {sample.name: sample for sample in samples if sample.name not in self._listed}

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 import urllib3
 
+from hyper_sd.data import s3
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # a scheme has two letters at least; one letter is a drive
 _REMOTE = ("http", "https", "s3")
 _BLOCK = 1 << 23
@@ -30,8 +32,12 @@ def is_remote(address: str) -> bool:
     match = _SCHEME.match(address)
     if match is None:
         return False
-    if match[1].lower() not in _REMOTE or not address[match.end() :].startswith("//"):
+    if match[1] not in _REMOTE or not address[match.end() :].startswith("//"):
         raise ValueError(f"data.path={shown(address)}: {match[1]}: is not read; give a path with no scheme, or one of {', '.join(_REMOTE)}")
+    if address.startswith("s3:") and "@" in urlsplit(address).netloc:
+        raise ValueError(
+            f"data.path={shown(address)}: credentials are taken from the environment, as by every S3 client, not from an address"
+        )
     return True
 
 
@@ -48,7 +54,7 @@ def size(address: str) -> int:
     if not is_remote(address):
         return os.stat(address).st_size
     if address.startswith("s3:"):
-        return int(_s3().size(address))
+        return s3.size(address, _RETRIES)
     response = _request("HEAD", address)
     return int(response.headers["Content-Length"])
 
@@ -62,19 +68,19 @@ def read(address: str, start: int, length: int) -> bytes:
     if length == 0:
         return b""
     if address.startswith("s3:"):
-        return bytes(_s3().cat_file(address, start=start, end=start + length))
+        return s3.read(address, start, start + length, _RETRIES)
     response = _request("GET", address, {"Range": f"bytes={start}-{start + length - 1}"})
     if response.status == 416:  # behind the end
         return b""
     if response.status != 206:
-        raise OSError(f"the server of {shown(address)} does not answer requests for a part of a file; download the shards")
+        raise OSError(f"data.path: the server of {shown(address)} does not answer requests for a part of a file; download the shards")
     return response.data
 
 
 def read_all(address: str) -> bytes:
     if not is_remote(address):
         return Path(address).read_bytes()
-    return bytes(_s3().cat_file(address)) if address.startswith("s3:") else _request("GET", address).data
+    return s3.read(address, None, None, _RETRIES) if address.startswith("s3:") else _request("GET", address).data
 
 
 @contextmanager
@@ -127,23 +133,13 @@ def _pool() -> urllib3.PoolManager:
     return urllib3.PoolManager(maxsize=32, retries=_RETRIES, timeout=urllib3.Timeout(connect=10, read=60))
 
 
-@cache
-def _s3() -> Any:
-    import fsspec
-
-    try:
-        return fsspec.filesystem("s3")
-    except ImportError as error:
-        raise ValueError(f"data.path: s3:// needs the package s3fs: pip install s3fs ({error})") from error
-
-
 def _request(method: str, address: str, headers: dict[str, str] | None = None) -> urllib3.BaseHTTPResponse:
     try:
         response = _pool().request(method, address, headers={"Accept-Encoding": "identity", **(headers or {})})
     except urllib3.exceptions.HTTPError as error:
-        raise ConnectionError(f"{shown(address)} cannot be reached: {type(error).__name__}") from error
+        raise ConnectionError(f"data.path: {shown(address)} cannot be reached: {type(error).__name__}") from error
     if response.status == 404:
-        raise FileNotFoundError(f"{shown(address)} does not exist")
+        raise FileNotFoundError(f"data.path: {shown(address)} does not exist")
     if response.status >= 400 and response.status != 416:
-        raise ConnectionError(f"{shown(address)} answers with status {response.status}")
+        raise ConnectionError(f"data.path: {shown(address)} answers with status {response.status}")
     return response

@@ -3,7 +3,7 @@
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from webdataset.shardlists import expand_urls
 
@@ -48,15 +48,18 @@ class TarSample:
 def shards(path: str) -> list[str]:
     """The addresses of a brace pattern such as `data/{0000..0099}.tar`, or of several joined by `::`.
 
-    Raises ValueError, naming data.path, for an address that is neither a local file that is there, nor http(s):// or s3://.
+    Raises ValueError, naming data.path, for an address that is neither a local file that is there, nor http(s):// or s3://; OSError
+    if the first remote one cannot be reached.
     """
     try:
         addresses = [address for part in path.split("::") for address in expand_urls(part)]
     except (AssertionError, ValueError) as error:  # unbalanced braces, or a ${...} that is not set
         raise ValueError(f"data.path={path} is not a pattern of paths: {error}") from error
-    missing = [address for address in addresses if not storage.is_remote(address) and not _is_file(address)]
+    missing = [address for address in addresses if not storage.is_remote(address) and not Path(address).is_file()]
     if missing:
-        raise ValueError(f"data.path={path}: {len(missing)} of {len(addresses)} shards do not exist (first: {missing[0]})")
+        raise ValueError(f"data.path={path}: {len(missing)} of {len(addresses)} shards are no files (first: {missing[0]})")
+    if remote := [address for address in addresses if storage.is_remote(address)]:
+        storage.size(remote[0])  # a wrong name is told before weights are loaded
     return addresses
 
 
@@ -121,10 +124,3 @@ def _wrong(sample: TarSample) -> BadSample | None:
 
 def _refusal(shard: str, member: str, why: str) -> str:
     return f"data.path: {storage.shown(shard)} holds {member!r}, {why}; the shard is refused"
-
-
-def _is_file(address: str) -> bool:
-    try:
-        return storage.size(address) >= 0
-    except OSError:
-        return False

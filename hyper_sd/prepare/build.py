@@ -4,7 +4,7 @@ import itertools
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,17 +16,17 @@ from tqdm import tqdm
 
 from hyper_sd.commands import PrepareConfig
 from hyper_sd.data import storage
-from hyper_sd.data.bad import FEWEST
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import MANIFEST, Manifest
 from hyper_sd.files import write_json
 from hyper_sd.lora_file import DTYPES
 from hyper_sd.prepare.filters import Candidate, Size, buckets, examine
-from hyper_sd.prepare.finish import contact_sheet, finish, is_rejection, summary
+from hyper_sd.prepare.finish import check_bad, contact_sheet, finish, is_rejection, summary
 from hyper_sd.prepare.inputs import Unit, units
 from hyper_sd.prepare.shards import PartName, PartWriter, caption_hash, finished
 from hyper_sd.processes import Processes
 from hyper_sd.randomness import fold
+from hyper_sd.rewards import build_reward, check_reward
 from hyper_sd.sample import own_samples
 from hyper_sd.stop import Stop
 from hyper_sd.teachers import Teacher, base_dtype, inspect_teacher, load_teacher
@@ -43,8 +43,8 @@ _POLL_S = 0.5
 def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None) -> Manifest | None:
     """Make the cache `cfg.out`, or go on with it; None in all but the main process, and if a stop signal came first.
 
-    Every process takes every world_size-th unit of the input, so that the files are the same with any number of processes. `score` is
-    what filters.min_aesthetic is a limit of.
+    Every process takes every world_size-th unit of the input, so that the files are the same with any number of processes. `score`
+    takes the place of the reward model cfg.scorer, which filters.min_aesthetic is a limit of.
     Raises ValueError, naming the key, before any weight is loaded.
     """
     facts = inspect_teacher(cfg.teacher)
@@ -52,17 +52,22 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     scale = facts.image_size // facts.latent_shape[1]
     if cfg.buckets is not None and cfg.buckets.step % scale:
         raise ValueError(f"buckets.step={cfg.buckets.step} must be a multiple of {scale}, the VAE's pixels for one of the latent")
-    if cfg.filters.min_aesthetic is not None and score is None:
+    if (cfg.filters.min_aesthetic is None) != (score is None and cfg.scorer is None):
         raise ValueError(
-            f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs a scorer, e.g. +reward@scorer=aesthetic; or set it to null"
+            f"filters.min_aesthetic={cfg.filters.min_aesthetic} needs a scorer, e.g. +reward@scorer=aesthetic, and a scorer needs it; give "
+            "both or none"
         )
     parts = units(cfg.data, cfg.shard_size)
+    if cfg.scorer is not None:
+        check_reward(cfg.scorer, "scorer")
     out, settings = Path(cfg.out), identity(cfg, parts)
     _claim(out, settings)
     processes.barrier()  # all have looked before one writes
     if processes.is_main:
         write_json(out / SETTINGS, settings)
     teacher = load_teacher(cfg.teacher, processes.device, base_dtype(cfg.teacher, processes.device))
+    if cfg.scorer is not None and score is None:
+        score = build_reward(cfg.scorer, processes.device, "scorer").score
     since = time.monotonic()
     if not (out / MANIFEST).is_file():
         with Stop().caught() as stop:
@@ -84,7 +89,8 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
 def identity(cfg: PrepareConfig, parts: list[Unit]) -> dict[str, Any]:
     """What decides the content of the cache; to go on with other values, or with files added, would mix two caches."""
     values = asdict(cfg)
-    data = {name: values["data"][name] for name in ("kind", "path", "caption_column", "image_column", "split", "subset", "revision")}
+    names = ("kind", "path", "caption_column", "image_column", "split", "subset", "revision", "streaming")
+    data = {name: values["data"][name] for name in names}
     if cfg.data.kind == "prompts":
         data["teacher_steps"] = cfg.data.teacher_steps
     kept = ("buckets", "filters", "scorer", "embeddings", "dtype", "shard_size", "seed", "teacher")
@@ -132,7 +138,7 @@ class Preparer:
     stop: Stop
     shows: bool
     _num_read: int = field(default=0, init=False)
-    _num_bad: int = field(default=0, init=False)
+    _bad: list[BadSample] = field(default_factory=list, init=False)
     _num_kept: int = field(default=0, init=False)
     _captions: set[int] = field(default_factory=set, init=False)  # of what is kept of the unit
 
@@ -152,6 +158,8 @@ class Preparer:
     def _unit(self, number: int, unit: Unit, bar: Any) -> bool:
         earlier = finished(Path(self.cfg.out), number)
         self._captions = {int(value) for part in earlier for value in part.index(Path(self.cfg.out))["caption"]}
+        for part in earlier:
+            self._count(part.read, part.dropped)
         start = sum(part.read for part in earlier)
         bar.update(start)
         if earlier and earlier[-1].last:
@@ -189,7 +197,7 @@ class Preparer:
             writer.close(read, last=read < self.cfg.shard_size)
         self._num_kept += len(writer.rows)
         bar.set_postfix(kept=self._num_kept, refresh=False)
-        self._check_bad(read, writer.dropped)
+        self._count(read, writer.dropped)
         return read
 
     @torch.no_grad()
@@ -250,15 +258,11 @@ class Preparer:
         split = [part.split([len(candidate.captions) for candidate in group]) for part in parts]
         return list(zip(*split, strict=True))
 
-    def _check_bad(self, read: int, dropped: list[BadSample]) -> None:
-        bad = [sample for sample in dropped if not is_rejection(sample.reason)]
-        self._num_read, self._num_bad = self._num_read + read, self._num_bad + len(bad)
-        limit = self.cfg.data.max_bad_fraction
-        if bad and self._num_bad > limit * max(self._num_read, FEWEST):
-            raise ValueError(
-                f"{bad[0]}; {self._num_bad} of {self._num_read} samples are bad, more than data.max_bad_fraction={limit:g} allows; what is "
-                f"wrong is listed in {self.cfg.out}; the same command with a larger one goes on"
-            )
+    def _count(self, read: int, dropped: Sequence[BadSample]) -> None:
+        """Of all that this process has looked at, also before an interruption; what all processes found is judged at the end."""
+        self._num_read += read
+        self._bad += [sample for sample in dropped if not is_rejection(sample.reason)]
+        check_bad(self.cfg, self._bad, self._num_read)
 
 
 def ahead(function: Callable[[T], R], items: Iterable[T], num_workers: int) -> Iterator[R]:

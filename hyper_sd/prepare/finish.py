@@ -3,7 +3,9 @@
 import hashlib
 import json
 import shutil
+import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from hyper_sd.commands import PrepareConfig
+from hyper_sd.data.bad import FEWEST
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import FORMAT, INDEX, MANIFEST, CacheSource, Manifest, probe
 from hyper_sd.files import replace_file, write_json
@@ -29,10 +32,22 @@ def is_rejection(reason: str) -> bool:
     return reason.startswith("filter: ")
 
 
+def check_bad(cfg: PrepareConfig, bad: Sequence[BadSample], num_read: int) -> None:
+    """Raise ValueError if so many of what was read cannot be used; what a filter left out is not among them."""
+    limit = cfg.data.max_bad_fraction
+    if bad and len(bad) > limit * max(num_read, FEWEST):
+        raise ValueError(
+            f"{bad[-1]}; {len(bad)} of {num_read} samples are bad, more than data.max_bad_fraction={limit:g} allows; what is wrong is "
+            f"listed in {cfg.out}; the same command with a larger one goes on"
+        )
+
+
 def finish(cfg: PrepareConfig, settings: dict[str, Any], teacher: Teacher, num_units: int) -> None:
-    """Write dataset.json, last of all. Raises ValueError if no sample is left."""
+    """Write dataset.json, last of all. Raises ValueError if no sample is left, or too many of all are bad."""
     out = Path(cfg.out)
     parts = [part for unit in range(num_units) for part in finished(out, unit)]
+    bad = [sample for part in parts for sample in part.dropped if not is_rejection(sample.reason)]
+    check_bad(cfg, bad, sum(part.read for part in parts))
     made = {
         "teacher": teacher.facts.name,
         "fingerprint": teacher.fingerprint,
@@ -124,7 +139,7 @@ def contact_sheet(out: Path, teacher: Teacher, num: int) -> Path | None:
         picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
         left, top = place % _COLUMNS * _THUMBNAIL, place // _COLUMNS * cell
         sheet.paste(picture, (left, top))
-        text = "\n".join(row.caption[line * 34 : (line + 1) * 34] for line in range(_LINES))
+        text = "\n".join(textwrap.wrap(row.caption, 34)[:_LINES])
         canvas.multiline_text((left + 2, top + _THUMBNAIL + 2), text, fill="black", font=font, spacing=1)
     sheet.save(out / SHEET)
     return out / SHEET

@@ -57,7 +57,7 @@ def units(cfg: DataConfig, shard_size: int) -> list[Unit]:
         case "webdataset":
             return [Unit(partial(_tar_items, shard, cfg.caption_column)) for shard in tar.shards(path)]
         case "hf":
-            return _hf_units(cfg)
+            return _hf_units(cfg, shard_size)
         case _:
             raise ValueError(f"data={cfg.kind} cannot be prepared; choose data=folder, hf, webdataset or prompts")
 
@@ -92,23 +92,26 @@ def _tar_item(sample: tar.TarSample, column: str, copy: str) -> Entry:
     return Item(str(sample), texts, lambda: decode(io.BytesIO(data), str(sample)))
 
 
-def _hf_units(cfg: DataConfig) -> list[Unit]:
-    """One unit a data file; images stay bytes, and are decoded with the same care as all others."""
+def _hf_units(cfg: DataConfig, shard_size: int) -> list[Unit]:
+    """One unit a data file, or shard_size rows where all were downloaded; images stay bytes, decoded with the same care as others."""
     dataset = _load_hf(cfg)
     columns = dataset.column_names
     for key, column in (("data.image_column", cfg.image_column), ("data.caption_column", cfg.caption_column)):
         if columns is not None and column not in columns:
             raise ValueError(f"{key}={column}: the data set has the columns {', '.join(columns)}")
-    dataset = dataset.decode(False)
-    num = dataset.num_shards
-    return [Unit(partial(_hf_items, dataset.shard(num_shards=num, index=index), index, cfg)) for index in range(num)]
+    if cfg.streaming:
+        num = dataset.num_shards
+        return [Unit(partial(_hf_items, dataset.decode(False).shard(num, index), f"file {index}", cfg)) for index in range(num)]
+    num = -(-len(dataset) // shard_size)
+    parts = [dataset.shard(num, index) for index in range(num)]
+    return [Unit(partial(_hf_items, part.to_iterable_dataset().decode(False), f"part {n}", cfg), len(part)) for n, part in enumerate(parts)]
 
 
 def _load_hf(cfg: DataConfig) -> Any:
     import datasets
 
     folder = Path(str(cfg.path))
-    options: dict[str, Any] = {"split": cfg.split, "streaming": True}
+    options: dict[str, Any] = {"split": cfg.split, "streaming": cfg.streaming}
     try:
         if (folder / "state.json").is_file():  # save_to_disk
             return datasets.load_dataset("arrow", data_files=sorted(map(str, folder.glob("*.arrow"))), **options)
@@ -117,14 +120,21 @@ def _load_hf(cfg: DataConfig) -> Any:
         raise ValueError(f"data.path={cfg.path}, data.split={cfg.split}: the data set cannot be opened: {error}") from error
 
 
-def _hf_items(dataset: Any, index: int, cfg: DataConfig, start: int) -> Iterator[Entry]:
-    for number, row in enumerate(dataset.skip(start) if start else dataset, start=start):
-        name = f"row {number} of file {index} of {cfg.path}"
+def _hf_items(dataset: Any, part: str, cfg: DataConfig, start: int) -> Iterator[Entry]:
+    for number, row in enumerate(_hf_rows(dataset, part, cfg, start), start=start):
+        name = f"row {number} of {part} of {cfg.path}"
         try:
             texts = captions.from_value(row[cfg.caption_column], name)
             yield Item(name, texts, _hf_image(row[cfg.image_column], name, local=Path(str(cfg.path)).is_dir()))
         except BadSampleError as error:
             yield error.sample
+
+
+def _hf_rows(dataset: Any, part: str, cfg: DataConfig, start: int) -> Iterator[dict[str, Any]]:
+    try:
+        yield from dataset.skip(start) if start else dataset
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"data.path={cfg.path}: {part} cannot be read: {error}; the same command goes on") from error
 
 
 def _hf_image(value: Any, name: str, *, local: bool) -> Callable[[], Image.Image]:

@@ -102,8 +102,12 @@ def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:
         build_source(cfg, seed=0, image_size=32)
     source = build_source(DataConfig(kind="folder", path=str(PHOTOS), batch_size=4, max_bad_fraction=0.2), seed=0, image_size=8)
     listed = BadSamples(tmp_path / "bad.jsonl", 0.1)
-    few = (source.batch(range(start, start + 4)) for start in range(0, 400, 4))
-    with pytest.raises(ValueError, match=r"1[12] of \d+ samples read were bad, more than data.max_bad_fraction=0.1.*bad.jsonl"):
-        deque(map(listed.add, few), maxlen=0)
+
+    def use(start: int) -> None:
+        listed.add(source.batch(range(start, start + 4)))
+        listed.count(listed.take(), start + 4)
+
+    with pytest.raises(ValueError, match=r"1[12] of \d+ samples read were bad, more than data.max_bad_fraction=0.1.*bad.jsonl lists them"):
+        deque(map(use, range(0, 400, 4)), maxlen=0)
     names = [line.split('"')[3] for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {Path(name).name for name in names} == set(BAD) and len(names) == 3, "each is listed once"

@@ -128,12 +128,6 @@ def test_what_cannot_be_reached_is_named_without_its_secrets(server: Server, tmp
     assert storage.shown("C:/photos/a.tar") == "C:/photos/a.tar"
 
 
-def test_s3_says_what_it_needs() -> None:
-    """s3fs is no dependency."""
-    with pytest.raises(ValueError, match=r"s3:// needs the package s3fs: pip install s3fs"):
-        build_source(DataConfig(kind="cache", path="s3://bucket/cache", batch_size=1), seed=0, image_size=16)
-
-
 def test_a_local_copy_is_whole_and_goes_away(server: Server, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(range(256)) * 100)
     server.failures = 2
