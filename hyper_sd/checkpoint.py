@@ -5,12 +5,13 @@ import json
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hyper_sd.files import fsync
@@ -60,7 +61,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, kee
         os.replace(partial, final)
         fsync(folder)
         _prune(folder, keep_last, keep_every)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{final} cannot be saved: {error}; the checkpoints before it are untouched") from error
     return final
@@ -101,22 +102,39 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def _write(partial: Path, checkpoint: Checkpoint) -> None:
     flat = {f"{adapter}/{name}": value for adapter, tensors in checkpoint.adapters.items() for name, value in tensors.items()}
-    save_file(flat, partial / _ADAPTERS)
-    save_file(checkpoint.optimizer, partial / _OPTIMIZER)
     counts = {"updates": checkpoint.updates, "skipped": checkpoint.skipped, "in_a_row": checkpoint.in_a_row}
-    state = {"step": checkpoint.step, **counts, "history": checkpoint.history, "bad_samples": checkpoint.bad_samples}
-    (partial / _STATE).write_text(json.dumps(state))
-    with ThreadPoolExecutor(2 * len(_NAMES)) as pool:  # reading for the checksums while the disk is busy with the flush
-        flushed = [pool.submit(fsync, partial / name) for name in _NAMES]
-        checksums = pool.map(_sha256, [partial / name for name in _NAMES])
-        manifest = {
-            name: {"bytes": (partial / name).stat().st_size, "sha256": sha256} for name, sha256 in zip(_NAMES, checksums, strict=True)
-        }
-        for flush in flushed:
-            flush.result()
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in (partial / MANIFEST, partial):
-        fsync(path)
+    state = json.dumps({"step": checkpoint.step, **counts, "history": checkpoint.history, "bad_samples": checkpoint.bad_samples})
+    contents = (_safetensors(flat), _safetensors(checkpoint.optimizer), [state.encode()])
+    manifest = {name: _write_file(partial / name, pieces) for name, pieces in zip(_NAMES, contents, strict=True)}
+    _write_file(partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+    fsync(partial)
+
+
+def _write_file(file: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, int | str]:
+    """Its size and SHA-256, taken on the way to the disk: nothing is read again, and what memory held is what is vouched for."""
+    digest = hashlib.sha256()
+    with file.open("xb") as out:
+        for piece in pieces:
+            out.write(piece)
+            digest.update(piece)
+        out.flush()
+        os.fsync(out.fileno())
+        return {"bytes": out.tell(), "sha256": digest.hexdigest()}
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of float32 tensors, piece by piece; the library's `save_file` writes it whole, and tells nobody its bytes."""
+    header, end = {}, 0
+    for name, value in tensors.items():
+        assert value.dtype == torch.float32, name
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + value.nbytes]}
+        end += value.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for value in tensors.values():
+        yield value.reshape(-1).numpy().data
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from hyper_sd.config import EngineConfig
-from hyper_sd.engine import Engine
+from hyper_sd.engine import Engine, Trained
 from hyper_sd.roles import Role
 
 BUCKET = 2**24  # numbers in a reduce; DeepSpeed's own 5e8 would allocate 2 GB for each role
@@ -74,7 +74,7 @@ class DeepSpeedEngine(Engine):
         if part in trained.optimizer.state:
             trained.optimizer.state[part]["step"] += 1
         else:
-            self._make_state(trained.optimizer, part, trained.updates + 1)
+            self._make_state(trained, trained.updates + 1)
         return torch.tensor(float("nan"))
 
     def _moment(self, role: Role, param: nn.Parameter, moment: str) -> Tensor:
@@ -85,25 +85,29 @@ class DeepSpeedEngine(Engine):
         return value
 
     def _load_moments(self, role: Role, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        from deepspeed.utils import lazy_init_hp_params_optimizer_state, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state
 
         trained = self._trained[role]
         (part,) = trained.optimizer.param_groups[0]["params"]
-        self._make_state(trained.optimizer, part, trained.updates)
-        lazy_init_hp_params_optimizer_state(list(trained.params.values()), part, trained.optimizer.state)
+        self._make_state(trained, trained.updates)
         for name, param in trained.params.items():
             for moment, tensors in moments.items():
                 safe_set_full_optimizer_state(param, tensors[name].to(part.device), moment)
 
-    def _make_state(self, optimizer: Optimizer, part: nn.Parameter, updates: int) -> None:
+    def _make_state(self, trained: Trained, updates: int) -> None:
         """Adam makes its state at its first step: one that moves nothing, after which its count is set right."""
+        from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+        optimizer = trained.optimizer
         (group,) = optimizer.param_groups
+        (part,) = group["params"]
         gradient, part.grad = part.grad, torch.zeros_like(part)
         rate, group["lr"] = group["lr"], 0.0
         optimizer.step()
         group["lr"], part.grad = rate, gradient
         steps = optimizer.state[part]["step"]
         optimizer.state[part]["step"] = torch.full_like(steps, updates) if isinstance(steps, Tensor) else updates
+        lazy_init_hp_params_optimizer_state(list(trained.params.values()), part, optimizer.state)  # else a save would find no moments
 
     def _prepare(self, module: nn.Module, adamw: AdamW | None = None, *, stage: int, **changes: Any) -> Any:
         """A DeepSpeed engine with what the launcher was told, but for its stage and the changes."""

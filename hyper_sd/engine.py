@@ -4,7 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -105,18 +105,18 @@ class Engine(Processes, ABC):
     def learning_rate(self, role: Role) -> float:
         return float(self._trained[role].scheduler.get_last_lr()[0])
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Adam moments as `<role>/<moment>/<parameter>` and the number of updates by role.
+    def state_dict(self, copy: Callable[[str, Tensor], Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """`copy(key, value)` of Adam's moments by the keys `<role>/<moment>/<parameter>`, and the number of updates by role.
 
-        Called in every process; the moments, gathered from all, are in the main process's answer alone.
+        Called in every process; the moments, gathered one by one, are copied in the main process alone.
         """
         tensors: dict[str, Tensor] = {}
         for role, trained in self._trained.items():
             for name, param in trained.params.items() if trained.updates else ():
                 for moment in MOMENTS:
-                    value = self._moment(role, param, moment)
+                    value, key = self._moment(role, param, moment), f"{'+'.join(role)}/{moment}/{name}"
                     if self.is_main:
-                        tensors[f"{'+'.join(role)}/{moment}/{name}"] = value.cpu()
+                        tensors[key] = copy(key, value)
         return tensors, {"+".join(role): trained.updates for role, trained in self._trained.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], updates: Mapping[str, int]) -> None:

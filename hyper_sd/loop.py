@@ -28,8 +28,11 @@ def fit(job: Job, engine: Engine, stop: Stop, observer: Observer, watchdog: Watc
     done = start = _restore(job, engine, objectives, bad_steps)
     observer.started(job, start)
     ended = _ended(job, start)
-    with _reading(job, engine, start) as reading, Meter(job, engine, start, bad_steps) as meter:
-        saver = Saver(job, engine, observer, meter)
+    with (
+        _reading(job, engine, start) as reading,
+        Meter(job, engine, start, bad_steps) as meter,
+        Saver(job, engine, observer, meter) as saver,
+    ):
         while not ended:
             step, done = done, done + 1
             run_step = job.first_step + step
@@ -40,12 +43,11 @@ def fit(job: Job, engine: Engine, stop: Stop, observer: Observer, watchdog: Watc
                 if step % objective.every == 0:
                     meter.add(step, *update(objective, micro_batches, engine))
             job.stage.after_step(job.context, step)
-            if values := meter.row(done, reading.waited_s):
+            ended = _ended(job, done)
+            if values := meter.row(done, reading.waited_s, ended=ended):
                 observer.logged(job, done, values)
             observer.stepped(job, done)
-            ended = _ended(job, done)
-            stopped = engine.any(stop.received is not None)
-            saver.save_if_due(done, stopped=stopped, ended=ended)
+            stopped = saver.after_step(done, stop=stop.received is not None, ended=ended)
             if stopped and not ended:
                 return False
     if job.guard is not None:

@@ -44,13 +44,13 @@ class Meter:
         bad.count(round(met), done * self._job.plan.batch_size)
         return self._bad_steps
 
-    def row(self, done: int, waited_s: float) -> dict[str, float] | None:
-        """Means since the last row, over steps and processes, at every LOG_EVERY-th and the last step; else None.
+    def row(self, done: int, waited_s: float, *, ended: bool) -> dict[str, float] | None:
+        """Means since the last row, over steps and processes, at every LOG_EVERY-th step and when the stage has ended; else None.
 
         `waited_s` are the seconds that this process has waited for data so far; bad_samples and skipped count from the stage's start.
         """
         self._bar.update()
-        if done % LOG_EVERY and done != self._job.plan.max_steps:
+        if done % LOG_EVERY and not ended:
             return None
         skipped = self.look(done).skipped
         values = {name: self._engine.mean(torch.stack(parts).mean()).item() for name, parts in self._sums.items()}

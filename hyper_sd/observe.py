@@ -51,10 +51,9 @@ class Recorder:
     def finished(self, job: Job, step: int) -> None:
         self._show_grid(job, step)
 
-    def saved(self, job: Job, step: int, seconds: float, num_bytes: int) -> None:
-        if self._engine.is_main:
-            cost = {"checkpoint_s": round(seconds, 4), "checkpoint_bytes": num_bytes}
-            self._folder.append_metrics({"run_step": job.first_step + step, "stage": job.plan.name, "step": step, **cost})
+    def saved(self, job: Job, step: int, held_s: float, write_s: float, num_bytes: int) -> None:
+        cost = {"checkpoint_s": round(held_s, 4), "checkpoint_write_s": round(write_s, 4), "checkpoint_bytes": num_bytes}
+        self._folder.append_metrics({"run_step": job.first_step + step, "stage": job.plan.name, "step": step, **cost})
 
     def close(self) -> None:
         if self._tracker is not None:

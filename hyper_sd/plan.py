@@ -46,12 +46,8 @@ def run_plan(config: RunConfig) -> None:
     """Train every stage that is not finished, export each, evaluate. Everything that can be refused is refused before weights load."""
     engine = start_engine(config.engine)
     with open_run(config, engine) as run:
-        if run.train_or_stop():
-            if engine.is_main:
-                run.folder.write_status("evaluating", engine=engine.facts)
-            run.evaluate()
-            if engine.is_main:
-                run.folder.write_status("finished", engine=engine.facts)
+        if run.train_or_stop() and run.evaluate_or_stop() and engine.is_main:
+            run.folder.write_status("finished", engine=engine.facts)
     engine.close()
 
 
@@ -77,9 +73,11 @@ def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
     engine.barrier()  # every process has looked at the directory before one writes to it
     if engine.is_main:
         folder.create(config)
-    run = Run(config, facts, stages, engine, source, folder)
+    stop = Stop(config.engine.max_seconds, since=engine.started)
+    run = Run(config, facts, stages, engine, source, folder, stop)
     try:
-        yield run
+        with stop.caught():
+            yield run
     except Exception as error:
         if engine.is_main or isinstance(error, LostProcess):
             run.note_failure(str(error))
@@ -160,7 +158,7 @@ def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A checked plan with its engine, data and directory."""
+    """A checked plan with its engine, data and directory, and what may end it early."""
 
     config: RunConfig
     facts: TeacherFacts
@@ -168,6 +166,7 @@ class Run:
     engine: Engine
     source: Source
     folder: RunFolder
+    stop: Stop
 
     @cached_property
     def unfinished(self) -> list[str]:
@@ -239,24 +238,37 @@ class Run:
 
     def train_or_stop(self) -> bool:
         """Returns False, with everything saved, if the run was told to stop before the last stage was finished."""
-        limits = self.config.engine
-        with (
-            Stop(limits.max_seconds, since=self.engine.started).caught() as stop,
-            Watchdog(self.engine, limits.timeout_seconds, self.note_failure) as watchdog,
-        ):
-            if self.train(stop, watchdog):
+        with Watchdog(self.engine, self.config.engine.timeout_seconds, self.note_failure) as watchdog:
+            if self.train(watchdog):
                 return True
-        if self.engine.is_main:
-            reason = stop.received or "a signal to another process"
-            self.folder.write_status("interrupted", stopped_by=reason, engine=self.engine.facts)
-            print(f"\nstopped by {reason}; everything is saved. {self.folder.path / 'run.json'} says what to type to go on", flush=True)
+        self._note_stop("everything is saved")
         return False
+
+    def evaluate_or_stop(self) -> bool:
+        """Returns False if a signal ended it; a run that goes on evaluates from the beginning."""
+        if self.engine.is_main:
+            self.folder.write_status("evaluating", engine=self.engine.facts)
+        try:
+            with self.stop.at_once():
+                self.evaluate()
+                return True
+        except BaseException:  # also what became of this process because another had ended before
+            if self.stop.signal is None:
+                raise
+        self._note_stop("all stages are trained, but not evaluated")
+        return False
+
+    def _note_stop(self, state: str) -> None:
+        if self.engine.is_main:
+            reason = self.stop.received or "a signal to another process"
+            self.folder.write_status("interrupted", stopped_by=reason, engine=self.engine.facts)
+            print(f"\nstopped by {reason}; {state}. {self.folder.path / 'run.json'} says what to type to go on", flush=True)
 
     def note_failure(self, message: str) -> None:
         self.folder.write_status("failed", error=message, engine=self.engine.facts)
 
-    def train(self, stop: Stop, watchdog: Watchdog) -> bool:
-        """Returns False if `stop` ended it before the last stage was finished."""
+    def train(self, watchdog: Watchdog) -> bool:
+        """Returns False if the run was told to stop before the last stage was finished."""
         handed = Path(self.config.init) if self.config.init is not None else None
         self.source.check(self.teacher)
         bad = BadSamples(self.folder.path / "bad_samples.jsonl", self.config.data.max_bad_fraction)
@@ -271,7 +283,7 @@ class Run:
             if name in self.unfinished:
                 self._start_from(handed, self.stages[name])
                 job = Job(self.stages[name], plan, self.context, feed, folder, first_step, first_position, self._guard(name, plan))
-                if not fit(job, self.engine, stop, recorder, watchdog):
+                if not fit(job, self.engine, self.stop, recorder, watchdog):
                     return False
                 self._export(name)
                 self.engine.barrier()

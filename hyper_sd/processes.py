@@ -76,11 +76,15 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process, so that all decide alike. Hosts ask each other; no device is waited for."""
+        return self.any_each(flag)[0]
+
+    def any_each(self, *flags: bool) -> list[bool]:
+        """`any` of several flags, at the cost of one."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(float(flag))
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.float32)
         dist.all_reduce(votes, group=self._votes)
-        return votes.item() > 0
+        return (votes > 0).tolist()
 
     def same(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all processes hold the same tensors, by the norm of each; alike in every process."""

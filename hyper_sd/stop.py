@@ -8,21 +8,22 @@ from types import FrameType
 
 
 class Stop:
-    """Whether this process was told to stop, and by what; a second signal ends the process at once.
+    """Whether this process was told to stop, and by what; a second signal raises KeyboardInterrupt wherever the program stands.
 
-    `max_seconds` count from `since`, a time of time.monotonic().
+    `signal` is the name of the first. `max_seconds` count from `since`, a time of time.monotonic().
     """
 
     def __init__(self, max_seconds: float | None = None, *, since: float = 0.0) -> None:
-        self._signal: str | None = None
+        self.signal: str | None = None
+        self._at_once = False
         self._max_seconds, self._since = max_seconds, since
 
     @property
     def received(self) -> str | None:
         """The signal's name, or the key whose time is over."""
-        if self._signal is None and self._max_seconds is not None and time.monotonic() - self._since > self._max_seconds:
+        if self.signal is None and self._max_seconds is not None and time.monotonic() - self._since > self._max_seconds:
             return f"engine.max_seconds={self._max_seconds:g}"
-        return self._signal
+        return self.signal
 
     @contextmanager
     def caught(self) -> Iterator["Stop"]:
@@ -33,7 +34,18 @@ class Stop:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside there is nothing to save, and the first signal raises KeyboardInterrupt too, even one that came before."""
+        self._at_once = True
+        try:
+            if self.signal is not None:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._at_once = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+        again, self.signal = self.signal is not None, self.signal or signal.Signals(number).name
+        if again or self._at_once:
             raise KeyboardInterrupt
-        self._signal = signal.Signals(number).name

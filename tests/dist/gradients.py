@@ -80,7 +80,7 @@ def check_engine(engine: PlainEngine) -> None:
     with torch.no_grad():
         b[0] += 1e-6 * engine.rank
     assert engine.same([a]) and not engine.same([a, b])
-    moments, updates = engine.state_dict()
+    moments, updates = engine.state_dict(lambda key, value: value.clone())
     assert updates == {"a": 1, "b": 0} and moments.keys() == ({"a/exp_avg/a/w", "a/exp_avg_sq/a/w"} if engine.is_main else set())
 
 

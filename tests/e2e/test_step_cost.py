@@ -48,7 +48,8 @@ def test_a_checkpoint_of_tscd_is_two_adapters_and_two_moments(capsys: pytest.Cap
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     adapter = memory.count(memory.Options(teacher="embedded", rank=4))["adapter student"]
     assert 4 * adapter < result["bytes"] < 4 * adapter + 600_000  # the names of the tensors
-    assert result["share"] == pytest.approx(result["save_s"] / 5) and list(tmp_path.iterdir()) == []
+    assert result["share"] == pytest.approx(result["blocked_s"] / 5) and result["write_share"] == pytest.approx(result["write_s"] / 5)
+    assert 0 < result["blocked_s"] < result["write_s"] and list(tmp_path.iterdir()) == []
 
 
 def test_unknown_key_names_the_nearest() -> None:

@@ -73,6 +73,8 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_hands_on_the_best(
     seen = history(run_dir)
     assert [row["step"] for row in seen] == [0, 1, 2] and falls(seen) == 2
     assert "refl: ended at step 2: the held-out reward fell 2 times in a row" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "samples_per_s" in row] == [2]  # its last steps are logged
     student = adapters(run_dir)
     assert all(not value.any() for name, value in student.items() if "lora_up" in name)  # best before the first step: nothing was learnt
     watched = train(teacher, tmp_path / "watched", *HACKED, "stages.refl.guard.patience=null", "stages.refl.guard.keep=last")
