@@ -27,7 +27,7 @@ from hyper_sd.objective import Context, Feedback, Stage, WeightedReward
 from hyper_sd.observe import Recorder
 from hyper_sd.report import table
 from hyper_sd.report import write as write_report
-from hyper_sd.rewards import build_reward
+from hyper_sd.rewards import build_reward, check_reward, check_rewards
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
@@ -129,6 +129,9 @@ def _check_rewards(config: RunConfig) -> None:
     for name, reward in config.rewards.items():
         if config.heldout is not None and (reward.kind, reward.path) == (config.heldout.kind, config.heldout.path):
             raise ValueError(f"heldout.kind={reward.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward")
+    check_rewards(config.rewards)
+    if config.heldout is not None:
+        check_reward(config.heldout, "heldout")
 
 
 def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
@@ -190,7 +193,7 @@ class Run:
     @cached_property
     def rewards(self) -> dict[str, WeightedReward]:
         """The models that stages are trained on."""
-        built = {name: build_reward(reward, self.engine.device) for name, reward in self.config.rewards.items()}
+        built = {name: build_reward(reward, self.engine.device, f"rewards.{name}") for name, reward in self.config.rewards.items()}
         return {name: WeightedReward(built[name].score, reward.weight, reward.alpha) for name, reward in self.config.rewards.items()}
 
     @property
@@ -207,7 +210,7 @@ class Run:
         if plan.guard is None:
             return None
         assert self.config.heldout is not None, "checked with the plan"
-        heldout = build_reward(self.config.heldout, self.engine.device)
+        heldout = build_reward(self.config.heldout, self.engine.device, "heldout")
         draw = make_draw(self.config.eval, GUARD_DRAW, plan.guard.prompts, self.source)
         return HeldOutGuard(plan.guard, self.config.eval, self.rewards, heldout, self.teacher, self.sampler(name), draw, self.engine)
 
