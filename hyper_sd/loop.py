@@ -34,7 +34,9 @@ def fit(job: Job, engine: Engine, stop: Stop, observer: Observer, watchdog: Watc
             step, done = done, done + 1
             run_step = job.first_step + step
             watchdog.beat(run_step, READING)
-            micro_batches: list[tuple[Batch, Shared]] = [(job.feed.batch(read, part, run_step), {}) for part, read in reading.take()]
+            micro_batches: list[tuple[Batch, Shared]] = [
+                (job.feed.batch(read, part, run_step, latents=job.stage.uses_latents), {}) for part, read in reading.take()
+            ]
             watchdog.beat(run_step, TRAINING)
             for objective in objectives:
                 if step % objective.every == 0:

@@ -84,6 +84,10 @@ class ReFL(RollsOut):
     def uses_rewards(self) -> bool:
         return self.reward_weight > 0
 
+    @property
+    def uses_latents(self) -> bool:
+        return self.tscd_weight > 0
+
     @cached_property
     def _tscd(self) -> TSCD:
         return _Consistency(student_role=self.student_role, solver_steps=self.solver_steps, guidance=self.guidance)

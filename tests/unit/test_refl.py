@@ -199,3 +199,12 @@ def test_a_reward_of_a_score_stage_adds_its_hinge() -> None:
 def test_bad_keys_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ReFL(**changes).check(T)  # pyright: ignore[reportArgumentType]
+
+
+def test_clean_latents_are_only_asked_for_where_they_are_looked_at() -> None:
+    ctx = context(tiny_denoiser(ADAPTERS))
+    empty = replace(batch(), x0=torch.zeros_like(batch().x0))
+    for tscd_weight in (0.0, 0.5):
+        stage = ReFL(rollout=(2,), trained_step="last", tscd_weight=tscd_weight)
+        looks = not torch.equal(student_loss(stage, ctx, batch()), student_loss(stage, ctx, empty))
+        assert looks == stage.uses_latents == (tscd_weight > 0)
