@@ -187,7 +187,7 @@ class DecodeConfig:
     """How latents become images for rewards: `slice` samples at a time; bf16 is autocast, the weights stay float32."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    slice: Count = 8
+    slice: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)

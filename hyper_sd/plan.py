@@ -199,6 +199,8 @@ class Run:
     @property
     def _feedback(self) -> Feedback:
         decode, device = self.config.decode, self.engine.device
+        if self.config.engine.gradient_checkpointing:
+            self.teacher.pipeline.vae.enable_gradient_checkpointing()
 
         def images(x0: torch.Tensor) -> torch.Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=decode.dtype == "bf16"):
