@@ -164,8 +164,11 @@ class Run:
 
     @cached_property
     def unfinished(self) -> list[str]:
-        """The stages that had to be trained when this process looked first."""
-        return [name for name in self.config.selected if not (self.folder.path / name / LORA).exists()]
+        """The stages that had to be trained when all processes looked first. Raises ValueError if they do not see the same ones."""
+        names = [name for name in self.config.selected if not (self.folder.path / name / LORA).exists()]
+        if not self.engine.same([torch.full((), float(len(names)), device=self.engine.device)]):
+            raise ValueError(f"run.dir={self.folder.path}: the processes find different stages finished; it must be a directory they share")
+        return names
 
     @cached_property
     def spec(self) -> LoraSpec:
