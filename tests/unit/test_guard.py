@@ -118,3 +118,9 @@ def test_a_plan_that_cannot_be_guarded_is_refused(changes: list[str], message: s
     config = run_config(compose("train", changes))
     with pytest.raises(ValueError, match=message):
         check_plan(config, inspect_teacher(config.teacher))
+
+
+@pytest.mark.parametrize("name", ["heldout", "trained", "step"])
+def test_no_reward_takes_a_name_of_the_history(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"rewards\.{name}: .* another name"):
+        run_config(compose("train", [f"+reward@rewards.{name}=embedded"]))
