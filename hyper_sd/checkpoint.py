@@ -47,7 +47,8 @@ class CheckpointError(ValueError):
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, keep_every: int | None = None) -> Path:
     """Write `<folder>/step_<step>`; older ones are removed only after the new one is complete.
 
-    The newest `keep_last` stay, and those whose step is a multiple of `keep_every`. Raises CheckpointError if the file system refuses;
+    The newest `keep_last` stay, and those whose step is a multiple of `keep_every`; those above `step`, which a resumed run has passed
+    over, go. Raises CheckpointError if the file system refuses;
     the checkpoints before are then as they were.
     """
     final = folder / f"step_{checkpoint.step:08d}"
@@ -60,7 +61,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, kee
         _remove(final)  # a damaged one that was passed over
         os.replace(partial, final)
         fsync(folder)
-        _prune(folder, keep_last, keep_every)
+        _prune(folder, checkpoint.step, keep_last, keep_every)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{final} cannot be saved: {error}; the checkpoints before it are untouched") from error
@@ -149,10 +150,14 @@ def _complete(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d+", path.name)), reverse=True)
 
 
-def _prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    for old in _complete(folder)[keep_last:]:
-        if keep_every is None or int(old.name.removeprefix("step_")) % keep_every:
-            _remove(old)
+def _prune(folder: Path, step: int, keep_last: int, keep_every: int | None) -> None:
+    """Called once `step` is saved. What is above it is damaged: the run has passed over it and gone back."""
+    steps = {int(path.name.removeprefix("step_")): path for path in _complete(folder)}
+    for above in (path for number, path in steps.items() if number > step):
+        _remove(above)
+    for old, path in [row for row in steps.items() if row[0] <= step][keep_last:]:
+        if keep_every is None or old % keep_every:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -198,7 +198,7 @@ class DecodeConfig:
     """
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    slice: Count = 8
+    slice: Count = 1
     tiny: FilesConfig | None = None
 
 
@@ -271,6 +271,7 @@ class RunConfig:
         return {name: stage for name, stage in self.stages.items() if self.only is None or name in self.only}
 
 
+RESERVED_REWARDS = {"heldout", "step", "trained"}  # what else a row of a guard's history holds
 _SHARED_STAGE_KEYS = ("optimizer", "lr_scheduler")  # top-level nodes that only stages refer to
 _PLAN_FIELDS = tuple(f.name for f in dataclasses.fields(StagePlan) if f.name not in ("name", "method"))
 
@@ -292,6 +293,8 @@ def run_config(cfg: DictConfig | Mapping[str, Any]) -> RunConfig:
             raise ValueError(f"only: there is no stage {name!r}{suggestion(name, config.stages)}")
     if not config.selected:
         raise ValueError(f"only: no stage is left; the plan has {', '.join(config.stages)}")
+    for name in RESERVED_REWARDS & config.rewards.keys():
+        raise ValueError(f"rewards.{name}: a guard's history has a {name} of its own; give the reward another name")
     return config
 
 

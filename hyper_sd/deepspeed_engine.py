@@ -69,13 +69,13 @@ class DeepSpeedEngine(Engine):
         engine, trained = self._engines[role], self._trained[role]
         engine.step()
         if not engine.optimizer.overflow:
-            return torch.as_tensor(engine.get_global_grad_norm())
+            return torch.as_tensor(engine.get_global_grad_norm()).to(self.device)
         (part,) = trained.optimizer.param_groups[0]["params"]  # DeepSpeed has skipped the update, and Adam's count with it
         if part in trained.optimizer.state:
             trained.optimizer.state[part]["step"] += 1
         else:
             self._make_state(trained, trained.updates + 1)
-        return torch.tensor(float("nan"))
+        return torch.full((), float("nan"), device=self.device)
 
     def _moment(self, role: Role, param: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state

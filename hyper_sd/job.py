@@ -30,7 +30,8 @@ class Feed:
     prefetch: int = 2
 
     @torch.no_grad()
-    def batch(self, samples: Samples, positions: Sequence[int], step: int) -> Batch:
+    def batch(self, samples: Samples, positions: Sequence[int], step: int, *, latents: bool = True) -> Batch:
+        """Without `latents`, x0 is zeros unless the data hold prepared ones: nothing is encoded or drawn."""
         self.bad.add(samples)
         encoded = samples.conds if samples.conds is not None else self.teacher.encode_prompts(samples.captions)
         cond = tuple(part.to(self.teacher.device, non_blocking=True) for part in encoded)
@@ -38,7 +39,8 @@ class Feed:
         if samples.sizes is not None:
             cond, uncond = (self.teacher.with_sizes(parts, samples.sizes) for parts in (cond, uncond))
         draws = Draws(self.seed, step, tuple(positions))
-        return Batch(self._x0(samples, positions), cond, uncond, draws, tuple(samples.captions), samples.instances)
+        x0 = self._x0(samples, positions) if latents or samples.latents is not None else self._zeros(samples)
+        return Batch(x0, cond, uncond, draws, tuple(samples.captions), samples.instances)
 
     def _x0(self, samples: Samples, positions: Sequence[int]) -> Tensor:
         if samples.latents is not None:
@@ -47,6 +49,12 @@ class Feed:
         if samples.images is not None:
             return self.teacher.encode_images(samples.images)
         return self.draw(samples.captions, positions).to(self.teacher.device)
+
+    def _zeros(self, samples: Samples) -> Tensor:
+        channels, *size = self.teacher.latent_shape
+        if samples.images is not None:  # of another size than the teacher's own, perhaps
+            size = [pixels * own // self.teacher.image_size for pixels, own in zip(samples.images.shape[2:], size, strict=True)]
+        return torch.zeros(len(samples.captions), channels, *size, device=self.teacher.device)
 
     def _check_latents(self, samples: Samples) -> None:
         assert samples.latents is not None

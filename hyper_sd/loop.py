@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hyper_sd.bad_steps import BadSteps, poisoned
@@ -37,7 +38,9 @@ def fit(job: Job, engine: Engine, stop: Stop, observer: Observer, watchdog: Watc
             step, done = done, done + 1
             run_step = job.first_step + step
             watchdog.beat(run_step, READING)
-            micro_batches: list[tuple[Batch, Shared]] = [(job.feed.batch(read, part, run_step), {}) for part, read in reading.take()]
+            micro_batches: list[tuple[Batch, Shared]] = [
+                (job.feed.batch(read, part, run_step, latents=job.stage.uses_latents), {}) for part, read in reading.take()
+            ]
             watchdog.beat(run_step, TRAINING)
             for objective in objectives:
                 if step % objective.every == 0:
@@ -82,6 +85,11 @@ def _restore(job: Job, engine: Engine, objectives: Sequence[Objective], bad_step
     """The stage's state as its newest checkpoint has it; returns the step to go on from."""
     engine.drop_optimizers()
     checkpoint = latest_checkpoint(checkpoints(job.folder))
+    step = checkpoint.step if checkpoint is not None else 0
+    if not engine.same([torch.full((), float(step), device=engine.device)]):
+        raise ValueError(
+            f"{job.plan.key}: the processes find different checkpoints in {job.folder}; run.dir must be a directory they share"
+        )
     for adapter, tensors in checkpoint.adapters.items() if checkpoint else ():
         job.context.roles.load_state_dict(adapter, tensors)
     _start_optimizers(job, engine, objectives)  # after the adapters: an engine may copy what it trains

@@ -161,6 +161,11 @@ class Stage(Protocol):
         ...
 
     @property
+    def uses_latents(self) -> bool:
+        """Whether it looks at clean latents; else a batch's x0 is zeros, which cost no encoding and no sampling."""
+        ...
+
+    @property
     def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:
         """What else is trained, such as a discriminator's heads: by name, a function of the network and a seed that makes it anew."""
         ...
@@ -209,6 +214,10 @@ class StageDefaults:
     @property
     def uses_instances(self) -> bool:
         return False
+
+    @property
+    def uses_latents(self) -> bool:
+        return True
 
     @property
     def modules(self) -> Mapping[str, Callable[[nn.Module, int], nn.Module]]:

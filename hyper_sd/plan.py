@@ -27,7 +27,7 @@ from hyper_sd.objective import Context, Feedback, Stage, WeightedReward
 from hyper_sd.observe import Recorder
 from hyper_sd.report import table
 from hyper_sd.report import write as write_report
-from hyper_sd.rewards import build_reward
+from hyper_sd.rewards import build_reward, check_reward, check_rewards
 from hyper_sd.rewards.segmenter import build_segmenter, check_segmenter
 from hyper_sd.rewards.tiny_decoder import check_tiny_decoder, load_tiny_decoder
 from hyper_sd.roles import LoraSpec, Roles
@@ -135,6 +135,9 @@ def _check_rewards(config: RunConfig, facts: TeacherFacts) -> None:
     for name, reward in config.rewards.items():
         if config.heldout is not None and (reward.kind, reward.path) == (config.heldout.kind, config.heldout.path):
             raise ValueError(f"heldout.kind={reward.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward")
+    check_rewards(config.rewards)
+    if config.heldout is not None:
+        check_reward(config.heldout, "heldout")
 
 
 def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
@@ -170,8 +173,11 @@ class Run:
 
     @cached_property
     def unfinished(self) -> list[str]:
-        """The stages that had to be trained when this process looked first."""
-        return [name for name in self.config.selected if not (self.folder.path / name / LORA).exists()]
+        """The stages that had to be trained when all processes looked first. Raises ValueError if they do not see the same ones."""
+        names = [name for name in self.config.selected if not (self.folder.path / name / LORA).exists()]
+        if not self.engine.same([torch.full((), float(len(names)), device=self.engine.device)]):
+            raise ValueError(f"run.dir={self.folder.path}: the processes find different stages finished; it must be a directory they share")
+        return names
 
     @cached_property
     def spec(self) -> LoraSpec:
@@ -199,7 +205,7 @@ class Run:
     @cached_property
     def rewards(self) -> dict[str, WeightedReward]:
         """The models that stages are trained on."""
-        built = {name: build_reward(reward, self.engine.device) for name, reward in self.config.rewards.items()}
+        built = {name: build_reward(reward, self.engine.device, f"rewards.{name}") for name, reward in self.config.rewards.items()}
         return {name: WeightedReward(built[name].score, reward.weight, reward.alpha) for name, reward in self.config.rewards.items()}
 
     @property
@@ -215,6 +221,8 @@ class Run:
     def _decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Images in [0, 1] of clean latents, for feedback."""
         config, device = self.config.decode, self.engine.device
+        if self.config.engine.gradient_checkpointing:
+            self.teacher.pipeline.vae.enable_gradient_checkpointing()
         tiny = None if config.tiny is None else load_tiny_decoder(config.tiny, device, key="decode.tiny")
 
         def images(x0: torch.Tensor) -> torch.Tensor:
@@ -227,7 +235,7 @@ class Run:
         if plan.guard is None:
             return None
         assert self.config.heldout is not None, "checked with the plan"
-        heldout = build_reward(self.config.heldout, self.engine.device)
+        heldout = build_reward(self.config.heldout, self.engine.device, "heldout")
         draw = make_draw(self.config.eval, GUARD_DRAW, plan.guard.prompts, self.source)
         return HeldOutGuard(plan.guard, self.config.eval, self.rewards, heldout, self.teacher, self.sampler(name), draw, self.engine)
 

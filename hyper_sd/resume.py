@@ -10,7 +10,11 @@ import yaml
 from hyper_sd.config import RunConfig
 
 CONFIG = "config.yaml"
-FREE = ("name", "run", "resume", "engine", "eval", "tracker", "data.num_workers", "data.prefetch", "data.max_bad_fraction")
+FREE = (
+    *("name", "run", "resume", "engine", "eval", "tracker"),
+    *("data.num_workers", "data.prefetch", "data.max_bad_fraction", "decode.slice"),
+)
+_GUARDED = ("eval.seed", "eval.judge", "eval.eta", "eval.start", "eval.student_guidance")  # what a guard samples, and how
 _METHOD = ".method."  # how config.yaml groups what the command line calls stages.<name>.<key>
 
 
@@ -27,7 +31,12 @@ def accepted_changes(folder: Path, config: RunConfig, base: Mapping[str, str], e
         return []  # nothing was trained yet
     old = _settings(_read(folder / CONFIG), earlier_base or base)
     new = _settings(_plain(asdict(config)), base)
-    keys = [key for key in dict.fromkeys((*old, *new)) if old.get(key, "nothing") != new.get(key, "nothing") and not _within(key, FREE)]
+    held = _GUARDED if any(plan.guard is not None for plan in config.selected.values()) else ()
+    keys = [
+        key
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key, "nothing") != new.get(key, "nothing") and (key in held or not _within(key, FREE))
+    ]
     changed = {key: f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}" for key in keys}
     if refused := [key for key in keys if not _within(key, config.run.accept_changed)]:
         raise ValueError(

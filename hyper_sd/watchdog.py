@@ -72,13 +72,14 @@ class Watchdog:
     def _watch(self, number: int) -> None:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         limit = timedelta(seconds=self._patience_s)
-        store = dist.PrefixStore(f"watchdog/{number}", dist.TCPStore(address, port, timeout=limit, wait_for_workers=False))
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # a launcher that restarts its processes keeps the store
         with ThreadPoolExecutor(1) as pool:
 
             def ask(question: Callable[..., T], *args: Any) -> T:
                 return pool.submit(question, *args).result(self._patience_s)
 
             try:
+                store = dist.PrefixStore(f"watchdog/{life}/{number}", dist.TCPStore(address, port, timeout=limit, wait_for_workers=False))
                 while not self._leaving.wait(min(1.0, self._timeout_s / 8)):
                     stuck = self._progress[0] >= 0 and time.monotonic() - self._beaten > self._timeout_s
                     if stuck or ask(store.check, [_ALARM]):

@@ -1,5 +1,6 @@
 """Reading image files, and placing them in a size with what SDXL is told about it."""
 
+import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from hyper_sd.data.base import BadSampleError
@@ -15,6 +16,15 @@ from hyper_sd.data.base import BadSampleError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_PIXELS = 89_478_485  # Pillow's own limit; a small file can hold a picture that fills the memory
 _FORMATS = ("JPEG", "PNG", "WEBP")
+_UPRIGHT = {  # by EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such an image is refused and listed here
 
@@ -43,10 +53,10 @@ def decode(file: Path | BinaryIO, name: str) -> Image.Image:
         with Image.open(file, formats=_FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise BadSampleError(name, "too many pixels", f"{opened.width} x {opened.height}")
-            return _rgb(ImageOps.exif_transpose(opened))
+            return _rgb(_upright(opened))
     except Image.DecompressionBombError as error:
         raise BadSampleError(name, "too many pixels", error) from error
-    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, OverflowError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, struct.error) as error:
         if isinstance(error, BadSampleError):
             raise
         raise BadSampleError(name, "unreadable image", error) from error
@@ -70,6 +80,12 @@ def _placed(image: Image.Image, height: int, width: int, resampling: Image.Resam
     resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (resized[0] - width) // 2, (resized[1] - height) // 2
     return image.resize(resized, resampling).crop((left, top, left + width, top + height)), top, left
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """ImageOps.exif_transpose would also write all tags anew, which one malformed tag makes impossible."""
+    turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -111,6 +111,10 @@ class ReFL(RollsOut):
     def uses_instances(self) -> bool:
         return self.perceptual_weight > 0
 
+    @property
+    def uses_latents(self) -> bool:
+        return self.tscd_weight > 0 or self.perceptual_weight > 0
+
     @cached_property
     def _tscd(self) -> TSCD:
         return _Consistency(student_role=self.student_role, solver_steps=self.solver_steps, guidance=self.guidance)

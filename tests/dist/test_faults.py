@@ -12,7 +12,7 @@ import pytest
 
 from hyper_sd.bad_steps import FILE
 from hyper_sd.checkpoint import latest_checkpoint
-from tests.lives import running, wait_until
+from tests.lives import living, running, wait_until
 from tests.runs import ROOT, adapters, assert_same, finish, start, train, wait_for
 from tests.shards import write_latents, write_photo
 from tests.tiny import tiny_sd15
@@ -40,6 +40,20 @@ def test_the_others_end_with_the_name_of_a_rank_that(rank: int, fault: signal.Si
         assert f"rank {rank} (process {lost.pid} on {os.uname().nodename}) died or hangs" in other.output
     status = json.loads((run_dir / "run.json").read_text())
     assert status["status"] == "failed" and f"rank {rank} " in status["error"] and "resume=auto" in status["continue"]
+
+
+def train_apart(teacher: Path, root: Path) -> None:
+    train(teacher, root / os.environ["RANK"], "only=[tscd_8]", "resume=auto")
+
+
+@pytest.mark.slow
+def test_processes_that_find_different_checkpoints_are_told_to_share_a_directory(teacher: Path, tmp_path: Path) -> None:
+    whole = train(teacher, tmp_path / "0", "only=[tscd_8]")
+    for file in (whole / "lora.safetensors", whole / "tscd_8" / "lora.safetensors"):
+        file.unlink()
+    with living(tmp_path / "log", train_apart, teacher, tmp_path, world=2) as lives:
+        assert [life.end(60) for life in lives] == [1, 1]
+    assert all("stages.tscd_8: the processes find different checkpoints" in life.output for life in lives)
 
 
 @pytest.mark.slow

@@ -8,6 +8,9 @@ import pytest
 import yaml
 
 from hyper_sd.checkpoint import latest_checkpoint
+from hyper_sd.cli import compose
+from hyper_sd.config import RunConfig, run_config
+from hyper_sd.resume import accepted_changes, config_to_yaml
 from tests.runs import adapters, assert_same, train
 from tests.tiny import tiny_sd15
 
@@ -79,6 +82,21 @@ def test_how_and_where_it_runs_may_change(teacher: Path, straight: Path, stopped
     free = ("eval.steps=[1]", "engine.checkpoint_every_steps=50", "engine.max_seconds=1000", "engine.keep_last=5", "name=other")
     train(teacher, moved, *SHORT, *free, "tracker=tensorboard", "resume=auto")
     assert_same(adapters(straight), adapters(moved))
+
+
+def test_what_a_guard_samples_is_held_and_how_data_are_read_is_free(tmp_path: Path) -> None:
+    def run_of(*overrides: str) -> RunConfig:
+        return run_config(compose("train", ["recipe=smoke", *overrides]))
+
+    (tmp_path / "config.yaml").write_text(config_to_yaml(run_of()))
+    (tmp_path / "tscd_8").mkdir()
+    (tmp_path / "tscd_8" / "lora.safetensors").touch()
+    free = ("data.prefetch=7", "data.num_workers=3", "data.max_bad_fraction=0.5", "decode.slice=3", "eval.prompts=16")
+    assert accepted_changes(tmp_path, run_of(*free), {}, {}) == []
+    with pytest.raises(ValueError, match=r"eval\.seed: 0 -> 9"):
+        accepted_changes(tmp_path, run_of("eval.seed=9"), {}, {})
+    (tmp_path / "config.yaml").write_text(config_to_yaml(run_of("only=[tscd_8]")))
+    assert accepted_changes(tmp_path, run_of("only=[tscd_8]", "eval.seed=9"), {}, {}) == []
 
 
 def test_a_run_that_trained_nothing_yet_may_begin_anew(teacher: Path, tmp_path: Path) -> None:

@@ -28,6 +28,15 @@ def test_the_newest_is_found_and_old_ones_are_removed(tmp_path: Path) -> None:
     assert newest is not None and newest.step == 100
 
 
+def test_a_run_that_went_back_leaves_nothing_above_what_it_saves(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make(250), keep_last=2)
+    (save_checkpoint(tmp_path, make(300), keep_last=2) / "state.json").unlink()
+    save_checkpoint(tmp_path, make(270), keep_last=1, keep_every=100)
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None and newest.step == 270
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000270"]
+
+
 def test_only_safetensors_and_json(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, make(1), keep_last=1)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}

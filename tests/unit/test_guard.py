@@ -40,7 +40,7 @@ class Brightness:
         return self.sign * images.flatten(1).mean(1)
 
 
-def build(config: RewardConfig, device: torch.device) -> Brightness:
+def build(config: RewardConfig, device: torch.device, key: str) -> Brightness:
     return Brightness(1 if config.kind == "embedded" else -1)
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_hands_on_the_best(
 def test_what_the_heldout_reward_likes_goes_on_and_a_continued_run_is_the_straight_one(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hyper_sd.plan.build_reward", lambda config, device: Brightness(1))
+    monkeypatch.setattr("hyper_sd.plan.build_reward", lambda config, device, key: Brightness(1))
     straight = train(teacher, tmp_path / "run", *HACKED)
     seen = history(straight)
     assert len(seen) == 9 and max(seen, key=lambda row: row["heldout"])["step"] == 8
@@ -110,6 +110,8 @@ def test_what_the_heldout_reward_likes_goes_on_and_a_continued_run_is_the_straig
         (["~rewards.embedded"], r"stages\.refl is trained on rewards, and there are none"),
         (["heldout=null"], r"stages\.refl\.guard looks at a held-out reward, and there is none"),
         (["heldout.kind=embedded"], r"heldout\.kind=embedded: rewards\.embedded is trained on it"),
+        (["heldout.kind=pickscore", "heldout.path=/nowhere", "heldout.file=x"], r"heldout\.path=/nowhere is no directory"),
+        (["rewards.embedded.kind=pickscore", "rewards.embedded.path=/nowhere"], r"rewards\.embedded\.path=/nowhere is no directory"),
         (["stages.refl.guard.steps=[1,8]"], r"stages\.refl\.guard\.steps: .* made for 1, 2, 4 steps, not for 8"),
         (["~rewards.embedded", "~stages.refl", "stages.score.reward_weight=1"], r"stages\.score is trained on rewards"),
     ],
@@ -118,3 +120,9 @@ def test_a_plan_that_cannot_be_guarded_is_refused(changes: list[str], message: s
     config = run_config(compose("train", changes))
     with pytest.raises(ValueError, match=message):
         check_plan(config, inspect_teacher(config.teacher))
+
+
+@pytest.mark.parametrize("name", ["heldout", "trained", "step"])
+def test_no_reward_takes_a_name_of_the_history(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"rewards\.{name}: .* another name"):
+        run_config(compose("train", [f"+reward@rewards.{name}=embedded"]))

@@ -1,11 +1,13 @@
 """One landscape in every format that data sets hold, from the files of tests/fixtures/photos."""
 
 import shutil
+import struct
 from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image, ImageOps
 
 from hyper_sd.commands import BucketsConfig
 from hyper_sd.config import DataConfig
@@ -32,6 +34,19 @@ def test_every_format_is_the_same_picture(name: str) -> None:
 def test_a_turned_photo_stands_upright() -> None:
     image = decode(PHOTOS / "rotated.jpg", "rotated")
     assert np.abs(np.asarray(image, dtype=float) - np.asarray(landscape())).mean() < 3.5
+
+
+def test_of_the_tags_only_the_orientation_is_read(tmp_path: Path) -> None:
+    for turned in range(9):
+        width = struct.pack("<HHI4s", ExifTags.Base.ImageWidth, 2, 4, b"abc")  # a text where a number belongs
+        orientation = struct.pack("<HHII", ExifTags.Base.Orientation, 3, 1, turned)
+        tags = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + width + orientation + bytes(4)
+        landscape().save(tmp_path / "malformed.png", exif=tags)
+        clean = Image.Exif()
+        clean[ExifTags.Base.Orientation] = turned
+        landscape().save(tmp_path / "clean.png", exif=clean)
+        wanted = ImageOps.exif_transpose(Image.open(tmp_path / "clean.png"))
+        assert np.array_equal(np.asarray(decode(tmp_path / "malformed.png", "")), np.asarray(wanted))
 
 
 def test_sixteen_bits_are_not_cut_off_to_white() -> None:

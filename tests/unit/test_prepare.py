@@ -4,6 +4,7 @@ import csv
 import json
 import resource
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from PIL import Image
 from hyper_sd.cli import compose, literal
 from hyper_sd.commands import PrepareConfig
 from hyper_sd.config import DataConfig
-from hyper_sd.data import BadSamples, build_source
+from hyper_sd.data import BadSamples, Samples, build_source
 from hyper_sd.data.cache import CacheSource, Manifest
 from hyper_sd.data.images import decode, place
+from hyper_sd.data.prompts import PromptsSource
 from hyper_sd.data.scenes import captions, render, sample_scenes
 from hyper_sd.job import Feed
 from hyper_sd.prepare.build import Score, prepare
@@ -137,6 +139,19 @@ def test_what_is_stored_reaches_the_batch(sdxl: Path, tmp_path: Path) -> None:
         for cond in (batch.cond, batch.uncond):
             assert cond[2].tolist() == [[100, 200, 3, 4, 8 * batch.x0.shape[2], 8 * batch.x0.shape[3]]] * 2
         assert batch.draws.samples == tuple(positions)
+
+
+def test_nothing_is_encoded_or_drawn_for_a_stage_that_looks_at_no_latents(sdxl: Path, tmp_path: Path) -> None:
+    def draw(prompts: Sequence[str], positions: Sequence[int]) -> torch.Tensor:
+        raise AssertionError("25 guided steps of the teacher for nothing")
+
+    teacher = loaded(sdxl)
+    teacher.pipeline.vae.encoder.register_forward_hook(lambda *_: pytest.fail("encoded for nothing"))
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    feed = Feed(PromptsSource(str(tmp_path / "prompts.txt"), 0), teacher, 0, BadSamples(tmp_path / "bad.jsonl", 0.5), draw)
+    for samples in (feed.source.batch(range(2)), Samples(["a", "b"], images=torch.rand(2, 3, 32, 32))):
+        x0 = feed.batch(samples, range(2), step=0, latents=False).x0
+        assert x0.shape == (2, *teacher.latent_shape) and not x0.any()
 
 
 def test_time_ids_are_the_sizes_of_the_samples(sdxl: Path) -> None:

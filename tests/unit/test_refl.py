@@ -315,3 +315,12 @@ def test_the_perceptual_term_alone_costs_its_own_rollout_only() -> None:
     ctx.roles.trainable(PERCEPTUAL.trains)
     PERCEPTUAL.objectives(ctx)[0].loss(replace(unet_batch(), instances=objects(4)), {}).value.backward()
     assert calls == [False, True] and decoded == [3, 1]
+
+
+def test_clean_latents_are_only_asked_for_where_they_are_looked_at() -> None:
+    ctx = context(tiny_denoiser(ADAPTERS))
+    empty = replace(batch(), x0=torch.zeros_like(batch().x0))
+    for tscd_weight in (0.0, 0.5):
+        stage = ReFL(rollout=(2,), trained_step="last", tscd_weight=tscd_weight)
+        looks = not torch.equal(student_loss(stage, ctx, batch()), student_loss(stage, ctx, empty))
+        assert looks == stage.uses_latents == (tscd_weight > 0)

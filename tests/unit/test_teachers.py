@@ -265,3 +265,20 @@ def test_missing_truncated_and_pickled_weights_are_refused(copy: Path):
     torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"teacher.path"):
         load(copy)
+
+
+def test_a_decoder_with_checkpointing_gives_the_same_gradient_from_less_memory(sd15: Path) -> None:
+    """In eval mode too, which frozen modules are in."""
+    teacher = load(sd15)
+    latents = torch.randn(1, *teacher.latent_shape, requires_grad=True)
+
+    def decoded() -> tuple[torch.Tensor, int]:
+        saved: dict[int, torch.Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda value: saved.setdefault(id(value), value), lambda value: value):
+            images = teacher.decode(latents)
+        return torch.autograd.grad(images.square().sum(), latents)[0], sum(value.numel() for value in saved.values())
+
+    plain, kept = decoded()
+    teacher.pipeline.vae.enable_gradient_checkpointing()
+    checkpointed, kept_then = decoded()
+    assert torch.equal(plain, checkpointed) and kept_then < kept / 2
