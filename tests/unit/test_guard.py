@@ -110,7 +110,7 @@ def test_what_the_heldout_reward_likes_goes_on_and_a_continued_run_is_the_straig
         (["~rewards.embedded"], r"stages\.refl is trained on rewards, and there are none"),
         (["heldout=null"], r"stages\.refl\.guard looks at a held-out reward, and there is none"),
         (["heldout.kind=embedded"], r"heldout\.kind=embedded: rewards\.embedded is trained on it"),
-        (["heldout.kind=pickscore", "heldout.path=/nowhere", "heldout.file=x"], r"heldout\.path=/nowhere is no directory"),
+        (["heldout.kind=pickscore", "heldout.path=/nowhere"], r"heldout\.path=/nowhere is no directory"),
         (["rewards.embedded.kind=pickscore", "rewards.embedded.path=/nowhere"], r"rewards\.embedded\.path=/nowhere is no directory"),
         (["stages.refl.guard.steps=[1,8]"], r"stages\.refl\.guard\.steps: .* made for 1, 2, 4 steps, not for 8"),
         (["~rewards.embedded", "~stages.refl", "stages.score.reward_weight=1"], r"stages\.score is trained on rewards"),
