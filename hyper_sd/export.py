@@ -107,9 +107,7 @@ def export_run(run_dir: Path, *, stage: str | None, format: LoraFormat, dtype: L
     teacher is loaded.
     """
     source, info = run_adapter(run_dir, stage)
-    out = out or source.with_name(f"lora_{format}_{dtype}.safetensors")
-    if out.suffix != ".safetensors" or out.resolve() == source.resolve():
-        raise ValueError(f"out={out} must be another file than the run's own {source}, with the suffix .safetensors")
+    out = _beside(source, f"lora_{format}_{dtype}.safetensors", out)
     pipeline = run_pipeline(run_dir)
     file = read_lora(source, [path for path, _ in pipeline.unet.named_modules()], key="run")
 
@@ -146,7 +144,7 @@ def export_merged(
         raise ValueError(f"weights: stage={stage} of run={run_dir} is a single adapter, there is nothing to weigh")
     if unknown := sorted(weights.keys() - files.keys()):
         raise ValueError(f"weights: there is no {', '.join(unknown)}; the parts of stage={stage} are {', '.join(files)}")
-    out = out or source.with_name(f"lora_{merge}_{format}_{dtype}.safetensors")
+    out = _beside(source, f"lora_{merge}_{format}_{dtype}.safetensors", out)
     pipeline = run_pipeline(run_dir)
     modules = [path for path, _ in pipeline.unet.named_modules()]
     parts = [read_lora(file, modules, key="run") for file in files.values()]
@@ -160,6 +158,13 @@ def export_merged(
         return _output(pipeline, merged, spec, (x_t, t, cond))
 
     return out, export_lora(out, merged, spec, info, pipeline=pipeline, trained=trained, format=format, dtype=dtype), lost
+
+
+def _beside(source: Path, name: str, out: Path | None) -> Path:
+    out = out or source.with_name(name)
+    if out.suffix != ".safetensors" or out.resolve() == source.resolve():
+        raise ValueError(f"out={out} must be another file than the run's own {source}, with the suffix .safetensors")
+    return out
 
 
 def run_adapter(run_dir: Path, stage: str | None) -> tuple[Path, LoraInfo]:

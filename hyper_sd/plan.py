@@ -117,6 +117,13 @@ def check_work(engine: Engine, plan: StagePlan, stage: Stage) -> None:
             f"(ode_one_in) is given more calls than the others, and a process has {size} samples at a time; make batch_size / (processes "
             f"x engine.accumulation) a multiple of {stage.sample_period}, or use configs/accelerate/deepspeed_zero2.yaml"
         )
+    if plan.guard is not None:
+        uneven = engine.collective_forward and plan.guard.prompts % engine.world_size
+        if plan.guard.prompts < engine.world_size or uneven:
+            raise ValueError(
+                f"{plan.key}.guard.prompts={plan.guard.prompts}: every process draws a share of them, so there must be as many as the "
+                f"{engine.world_size} processes at least, and under ZeRO-3 a multiple of that"
+            )
 
 
 def check_groups(config: RunConfig, source: Source) -> None:

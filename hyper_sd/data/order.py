@@ -80,7 +80,7 @@ class MixOrder:
     def __init__(self, weights: Sequence[float], seed: int):
         exact = np.array(weights) / sum(weights) * self.BLOCK
         self.counts = np.maximum(np.floor(exact).astype(int), 1)
-        for number in np.argsort(self.counts - exact)[: max(0, self.BLOCK - self.counts.sum())]:
+        for number in np.argsort(self.counts - exact, kind="stable")[: max(0, self.BLOCK - self.counts.sum())]:
             self.counts[number] += 1  # the largest remainders
         self.block = int(self.counts.sum())  # above BLOCK only where tiny weights were raised to one group
 

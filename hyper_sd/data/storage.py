@@ -56,7 +56,10 @@ def size(address: str) -> int:
     if address.startswith("s3:"):
         return s3.size(address, _RETRIES)
     response = _request("HEAD", address)
-    return int(response.headers["Content-Length"])
+    length = response.headers.get("Content-Length")
+    if length is None:
+        raise OSError(f"{shown(address)}: the server does not say how long the file is, so it cannot be read in parts; download it first")
+    return int(length)
 
 
 def read(address: str, start: int, length: int) -> bytes:

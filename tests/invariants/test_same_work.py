@@ -1,6 +1,7 @@
 """Every process does the same work at every step: what changes its amount is drawn for the whole batch, never for a process's part."""
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from hyper_sd.plan import check_work
 from hyper_sd.stages.adversarial import Adversarial
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD, GuidanceRange
+from hyper_sd.structured import build_target
 from tests.networks import unet_batch, unet_denoiser
 
 Call = tuple[tuple[str, ...], int, bool]  # role, samples, whether it is for a gradient
@@ -69,3 +71,14 @@ def test_where_processes_differ_zero3_is_refused() -> None:
         check_work(engine, config.stages["score"], stage)
     check_work(engine, replace(config.stages["score"], batch_size=8), stage)
     check_work(engine, config.stages["score"], replace(stage, ode_weight=0.0))
+
+
+def test_prompts_of_a_guard_are_enough_for_every_process() -> None:
+    config = run_config(compose("train", ["recipe=smoke", "stages.refl.guard.prompts=4"]))
+    plan, engine = config.stages["refl"], PlainEngine(config.engine)
+    stage = build_target(plan.method, plan.key)
+    for world_size, zero3, fits in ((4, True, True), (3, False, True), (3, True, False), (5, False, False)):
+        engine.world_size, engine.collective_forward = world_size, zero3
+        plan = replace(plan, batch_size=world_size * config.engine.accumulation)
+        with nullcontext() if fits else pytest.raises(ValueError, match=r"stages.refl.guard.prompts=4: .* the [35] processes"):
+            check_work(engine, plan, stage)

@@ -22,7 +22,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, root: Path, *, ranges: bool = True):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.root, self.ranges, self.failures, self.requests = root, ranges, 0, 0
+        self.root, self.ranges, self.lengths, self.failures, self.requests = root, ranges, True, 0, 0
 
     @property
     def url(self) -> str:
@@ -59,7 +59,8 @@ class Handler(BaseHTTPRequestHandler):
         if asked and self.server.ranges:
             data = data[int(asked[1]) : int(asked[2]) + 1]
         self.send_response(206 if asked and self.server.ranges else 200)
-        self.send_header("Content-Length", str(len(data)))
+        if self.server.lengths:
+            self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
             self.wfile.write(data)
@@ -124,6 +125,9 @@ def test_what_cannot_be_reached_is_named_without_its_secrets(server: Server, tmp
     server.ranges = False
     with pytest.raises(OSError, match="does not answer requests for a part"):
         storage.read(f"{server.url}/a.tar", 5, 10)
+    server.lengths = False
+    with pytest.raises(OSError, match="does not say how long the file is"):
+        storage.size(f"{server.url}/a.tar")
     assert storage.shown("https://me:pw@host:1/a/b.tar?X-Amz-Signature=1") == "https://host:1/a/b.tar"
     assert storage.shown("C:/photos/a.tar") == "C:/photos/a.tar"
 
