@@ -106,6 +106,10 @@ class Lock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
             try:
+                owner = self._read()
+                if owner is not None and owner != self._mine and not self._released.is_set():
+                    print(f"error: run.dir={self._file.parent} was taken over by {_describe(owner)}", file=sys.stderr, flush=True)
+                    os._exit(1)  # this process was silent for so long that it counted as gone; a save would mix two runs
                 os.utime(self._file)
             except OSError:
                 continue  # a disk that is away for a while; there is nobody to tell

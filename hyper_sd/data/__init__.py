@@ -1,4 +1,4 @@
-"""Training data by kind. A new kind is a new file and one case in `_open`."""
+"""Training data by kind. A new kind is a new file and one case in `_open_kind`."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,11 +23,17 @@ def build_source(
     source = _open(cfg, seed, image_size, fingerprint, instances)
     if instances and not source.categories:
         raise ValueError(f"data={cfg.kind} has no instances, which a stage with perceptual_weight needs; choose data=coco or data=scenes")
-    check_opened(source, cfg.max_bad_fraction)
     return source
 
 
 def _open(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping[str, str] | None, instances: bool = False) -> Source:
+    source = _open_kind(cfg, seed, image_size, fingerprint, instances)
+    if cfg.kind != "mix":  # whose parts were opened by themselves: one may be endless, and has no share
+        check_opened(source, cfg.max_bad_fraction)
+    return source
+
+
+def _open_kind(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping[str, str] | None, instances: bool) -> Source:
     match cfg.kind:
         case "scenes":
             from hyper_sd.data.scenes_data import ScenesSource

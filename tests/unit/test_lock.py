@@ -88,3 +88,15 @@ def test_the_owner_is_heard_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert time.monotonic() < until
         time.sleep(0.01)
     lock.release()
+
+
+def test_an_owner_that_was_given_up_ends(tmp_path: Path) -> None:
+    """It slept for longer than STALE_S, another took the lock, and it wakes."""
+    hurried = f"import hyper_sd.lock; hyper_sd.lock.BEAT_S = 0.05; {HOLD}"
+    process = subprocess.Popen([sys.executable, "-c", hurried, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    (tmp_path / LOCK).unlink()
+    Lock(tmp_path).take()
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and "was taken over by" in error

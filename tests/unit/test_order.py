@@ -1,11 +1,14 @@
 """Each sample exactly once an epoch, whatever the shards, sizes, processes, workers and points of resuming."""
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,3 +154,12 @@ def test_a_mix_of_kinds_keeps_every_source_exact_and_every_batch_of_one_source(t
     assert source.num_samples == 15 and source.batch_size == 2
     counts = Counter(number for batch in batches for number in batch if number < 100)
     assert max(counts.values()) - min(counts.values()) <= 3
+
+
+def test_a_bad_sample_beside_an_endless_source_is_weighed_in_its_own(tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"text": f"a prompt {i}" if i else ""}) + "\n" for i in range(1000)))
+    prompts = DataPart(kind="prompts", path=str(tmp_path / "prompts.jsonl"))
+    for max_bad_fraction, refused in ((0.01, False), (0.0001, True)):
+        mixed = DataConfig(kind="mix", batch_size=2, sources=(prompts, DataPart(kind="scenes")), max_bad_fraction=max_bad_fraction)
+        with pytest.raises(ValueError, match="1 of 1000 samples are bad") if refused else nullcontext():
+            build_source(mixed, seed=0, image_size=32)
