@@ -41,7 +41,7 @@ def stopped(straight: Path, tmp_path: Path) -> Path:
     [
         ("lora.rank=8", "lora.rank: 4 -> 8"),
         ("lora.targets=[to_q,to_k]", "-> ['to_q', 'to_k']"),
-        ("stages.tscd_4.ema_decay=0.5", "stages.tscd_4.ema_decay: 0.95 -> 0.5"),
+        ("stages.tscd_4.ema_decay=0.5", "stages.tscd_4.ema_decay: 0.6 -> 0.5"),
         ("stages.tscd_4.optimizer.lr=0.5", "-> 0.5"),
         ("data.batch_size=8", "stages.tscd_4.batch_size: 4 -> 8"),
         ("seed=3", "seed: 0 -> 3"),
@@ -73,7 +73,7 @@ def test_what_is_accepted_is_noted_and_need_not_be_accepted_again(teacher: Path,
     change = "stages.tscd_4.ema_decay=0.5"
     train(teacher, stopped, *SHORT, change, "run.accept_changed=[stages.tscd_4]", "resume=auto")
     train(teacher, stopped, *SHORT, change, "resume=auto")
-    assert json.loads((stopped / "run.json").read_text())["changed"] == ["stages.tscd_4.ema_decay: 0.95 -> 0.5"]
+    assert json.loads((stopped / "run.json").read_text())["changed"] == ["stages.tscd_4.ema_decay: 0.6 -> 0.5"]
 
 
 def test_how_and_where_it_runs_may_change(teacher: Path, straight: Path, stopped: Path, tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_what_a_guard_samples_is_held_and_how_data_are_read_is_free(tmp_path: Pa
     (tmp_path / "config.yaml").write_text(config_to_yaml(run_of()))
     (tmp_path / "tscd_8").mkdir()
     (tmp_path / "tscd_8" / "lora.safetensors").touch()
-    free = ("data.prefetch=7", "data.num_workers=3", "data.max_bad_fraction=0.5", "decode.slice=3", "eval.prompts=16")
+    free = ("+data.prefetch=7", "data.num_workers=3", "+data.max_bad_fraction=0.5", "decode.slice=3", "eval.prompts=16")
     assert accepted_changes(tmp_path, run_of(*free), {}, {}) == []
-    with pytest.raises(ValueError, match=r"eval\.seed: 0 -> 9"):
+    with pytest.raises(ValueError, match=r"eval\.seed: 1000 -> 9"):
         accepted_changes(tmp_path, run_of("eval.seed=9"), {}, {})
     (tmp_path / "config.yaml").write_text(config_to_yaml(run_of("only=[tscd_8]")))
     assert accepted_changes(tmp_path, run_of("only=[tscd_8]", "eval.seed=9"), {}, {}) == []
