@@ -77,12 +77,13 @@ def test_a_damaged_checkpoint_is_passed_over(teacher: Path, straight: Path, tmp_
 
 def test_score_and_discriminator_continued_in_the_middle_of_a_cycle_is_the_straight_run(teacher: Path, tmp_path: Path) -> None:
     every = ("engine.checkpoint_every_steps=3", "engine.checkpoint_every_seconds=null")  # the student is updated at steps 0, 2 and 4
-    straight = train(teacher, tmp_path / "straight", *ADVERSARIAL, *every)
+    changes = (*ADVERSARIAL, "stages.score.real_score=consistency", *every)
+    straight = train(teacher, tmp_path / "straight", *changes)
     again = shutil.copytree(straight, tmp_path / "again")
     for file in (again / "lora.safetensors", again / "score" / "lora.safetensors"):
         file.unlink()
     shutil.rmtree(again / "score" / "checkpoints" / "step_00000006")
-    train(teacher, again, *ADVERSARIAL, *every, "resume=auto")
+    train(teacher, again, *changes, "resume=auto")
     assert json.loads((again / "run.json").read_text())["resumed_from"] == [4 + 3]
     assert_same(adapters(straight), adapters(again))
     last = [load_checkpoint(run / "score" / "checkpoints" / "step_00000006").adapters for run in (straight, again)]

@@ -167,7 +167,7 @@ def test_masks_are_what_the_render_shows_of_each_object() -> None:
     empty = torch.from_numpy(scenes.shape == EMPTY)
     assert not covered[empty].any() and (covered[~empty].flatten(1).amax(1) == 1).all()
     palette, jitter = torch.tensor(list(COLORS.values())), torch.from_numpy(scenes.jitter).float()
-    image = torch.stack([background(scenes, row) for row in range(200)])[:, :, None, None].expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    image = torch.stack([background(row) for row in range(200)])
     for place in range(NUM_PLACES):
         color = (palette[torch.from_numpy(scenes.color[:, place])] + 0.03 * jitter[:, place, 3:]).clamp(0, 1)
         image = image + covered[:, place, None] * (color[:, :, None, None] - image)
