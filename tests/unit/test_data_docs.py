@@ -37,9 +37,11 @@ def test_every_command_is_one(command: str) -> None:
     script = next(number for number, word in enumerate(words) if word.startswith("scripts/"))
     given = [literal(word) for word in words[script + 1 :] if word != "…"]
     if words[script] == "scripts/prepare.py":
-        structured(PrepareConfig, resolved(compose("prepare", given)))
+        data = structured(PrepareConfig, resolved(compose("prepare", given))).data
     else:
-        run_config(compose("train", given))
+        data = run_config(compose("train", given)).data
+    told = dict(word.split("=", 1) for word in words if word.startswith(("data=", "data.path=")))
+    assert told["data"] == data.kind and told.get("data.path", data.path) == data.path
 
 
 def test_captions_of_coco_become_a_table(tmp_path: Path) -> None:
