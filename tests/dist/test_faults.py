@@ -5,18 +5,14 @@ import os
 import shlex
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import torch.distributed as dist
 
 from hyper_sd.bad_steps import FILE
 from hyper_sd.checkpoint import latest_checkpoint
-from hyper_sd.processes import Processes
-from hyper_sd.watchdog import Watchdog
 from tests.lives import living, running, wait_until
 from tests.runs import ROOT, adapters, assert_same, finish, reached, start, train, wait_for
 from tests.shards import write_latents, write_photo
@@ -105,6 +101,7 @@ def test_sigterm_to_the_launcher_and_what_run_json_says_to_type(teacher: Path, t
 
 @pytest.mark.slow
 def test_a_launcher_that_restarts_its_processes_goes_on(teacher: Path, tmp_path: Path) -> None:
+    """It keeps its store, in which the first life has left addresses and an alarm."""
     run_dir, few = tmp_path / "run", ("only=[tscd_8]", "engine.checkpoint_every_steps=1", "stages.tscd_8.max_steps=24")
     with running(teacher, tmp_path / "straight", *few, world=2) as straight:
         assert [life.end() for life in straight] == [0, 0]
@@ -118,22 +115,6 @@ def test_a_launcher_that_restarts_its_processes_goes_on(teacher: Path, tmp_path:
     status = json.loads((run_dir / "run.json").read_text())
     assert status["status"] == "finished" and len(status["resumed_from"]) == 1
     assert_same(adapters(tmp_path / "straight"), adapters(run_dir))
-
-
-def watch_for_a_while() -> None:
-    with Watchdog(Processes(1), 12, print):
-        time.sleep(4)  # a watchdog looks every 1.5 s
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("life", "codes"), [("0", [1, 1]), ("1", [0, 0])])
-def test_an_alarm_of_the_life_before_is_not_heard(life: str, codes: list[int], tmp_path: Path) -> None:
-    """A launcher may keep the store in which processes that it has restarted raised it; in their own life they hear it."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-    dist.PrefixStore("watchdog/0/0", store).set("alarm", "1")
-    elastic = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": life}
-    with living(tmp_path / "log", watch_for_a_while, world=2, environment={"MASTER_PORT": str(store.port), **elastic}) as lives:
-        assert [one.end(60) for one in lives] == codes, [one.output for one in lives]
 
 
 @pytest.mark.slow
