@@ -1,7 +1,7 @@
 """Updates that the engine skipped because loss or gradient was not finite: counted, and after too many in a row the end of the run."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,15 @@ class BadSteps:
             "grad_norm": str(update.grad_norm.item()),  # json has no numbers that are not finite
             "losses": [str(loss) for loss in losses],
             "positions": [samples.start, samples.stop - 1],
-            "captions": self._captions(samples),
+            **self._read_again(samples),
         }
 
-    def _captions(self, samples: range) -> list[str]:
+    def _read_again(self, positions: range) -> dict[str, Sequence[str]]:
+        """What tells the samples of these positions from others."""
+        if not self._engine.is_main:
+            return {}
         try:
-            return self._source.batch(samples).captions if self._engine.is_main else []
+            samples = self._source.batch(positions)
         except ValueError as error:
-            return [str(error)]
+            return {"captions": [str(error)]}
+        return {"names": samples.names, "captions": samples.captions}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -75,6 +75,18 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
             return load_checkpoint(path)
         except CheckpointError as error:
             print(f"passing over a damaged checkpoint: {error}", flush=True)
+    return None
+
+
+def saved_adapters(folder: Path) -> set[str] | None:
+    """The adapters of the newest checkpoint whose file of them can be opened; None if there is none. Reads no tensor."""
+    for path in _complete(folder):
+        try:
+            with safe_open(path / _ADAPTERS, framework="pt") as file:
+                names = file.keys()
+            return {name.partition("/")[0] for name in names}
+        except (SafetensorError, OSError):
+            continue
     return None
 
 

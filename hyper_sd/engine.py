@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -160,22 +161,22 @@ class Engine(Processes, ABC):
 def step_where(good: Tensor, optimizer: Optimizer, params: Sequence[nn.Parameter]) -> None:
     """One optimizer step where `good`; elsewhere parameters and moments keep their values and only the count of steps moves on.
 
-    Decided on the device of `good`, so that the host does not wait for an accelerator.
+    Decided on the device of `good`, so that the host does not wait for an accelerator, and for all parameters at once, which would else
+    take thousands of small kernels.
     """
     if good.device.type == "cpu" and good:
         optimizer.step()
         return
-    before = [
-        (param, param.detach().clone(), {m: optimizer.state[param][m].clone() for m in _moments(optimizer, param)}) for param in params
-    ]
+    # a clone, because one tensor alone is flattened to itself
+    before = {name: _flatten_dense_tensors(values).clone() for name, values in _state(optimizer, params).items()}
     optimizer.step()
-    for param, value, moments in before:
-        torch.where(good, param.detach(), value, out=param.data)
-        for name in _moments(optimizer, param):
-            now = optimizer.state[param][name]
-            torch.where(good, now, moments.get(name, torch.zeros_like(now)), out=now)
+    for name, values in _state(optimizer, params).items():
+        now = _flatten_dense_tensors(values)
+        torch.where(good, now, before.get(name, now.new_zeros(())), out=now)
+        torch._foreach_copy_(values, _unflatten_dense_tensors(now, values))
 
 
-def _moments(optimizer: Optimizer, param: nn.Parameter) -> list[str]:
-    """Those an optimizer has for a parameter: none before its first step."""
-    return [name for name in MOMENTS if name in optimizer.state[param]]
+def _state(optimizer: Optimizer, params: Sequence[nn.Parameter]) -> dict[str, list[Tensor]]:
+    """What a step changes: the parameters, and Adam's moments, of which there are none before the first step."""
+    moments = {name: [optimizer.state[param][name] for param in params] for name in MOMENTS if name in optimizer.state[params[0]]}
+    return {"params": [param.detach() for param in params], **moments}

@@ -11,7 +11,7 @@ import torch
 
 from hyper_sd.config import EvalConfig, GuardConfig
 from hyper_sd.files import write_json
-from hyper_sd.job import Job
+from hyper_sd.job import BEST, Job
 from hyper_sd.measure import HELDOUT, Draw
 from hyper_sd.objective import WeightedReward
 from hyper_sd.processes import Processes
@@ -19,7 +19,6 @@ from hyper_sd.rewards import Reward
 from hyper_sd.sample import Recipe, decode, quiet, sample
 from hyper_sd.teachers import Teacher
 
-BEST = "best"
 GUARD_DRAW = 1 << 21  # the draw of prompts that guards look at; no evaluation has so many
 
 
@@ -29,8 +28,6 @@ class HeldOutGuard:
     A row of `history` has the step, the held-out reward's mean over prompts and step counts, that of each trained reward by its name,
     and as `trained` their sum by weight.
     """
-
-    keeps = BEST
 
     def __init__(
         self,

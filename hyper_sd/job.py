@@ -14,6 +14,8 @@ from hyper_sd.objective import Batch, Context, Stage
 from hyper_sd.randomness import Draws
 from hyper_sd.teachers.base import Teacher
 
+BEST = "best"  # the adapter that a guard keeps
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -85,11 +87,10 @@ class Job:
 class Guard(Protocol):
     """Watches a stage by what it is not trained on. What it says is the same in every process.
 
-    Its whole state is `history`, a row for every look, and the adapter `keeps`; both are part of checkpoints.
+    Its whole state is `history`, a row for every look, and the adapter BEST; both are part of checkpoints.
     """
 
     history: list[dict[str, float]]
-    keeps: str
 
     @property
     def stops(self) -> bool:

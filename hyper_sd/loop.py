@@ -1,17 +1,19 @@
 """`fit`: the one training loop of all stages."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hyper_sd.bad_steps import BadSteps, poisoned
-from hyper_sd.checkpoint import latest_checkpoint
+from hyper_sd.checkpoint import latest_checkpoint, saved_adapters
+from hyper_sd.config import StagePlan
 from hyper_sd.data import Prefetcher
 from hyper_sd.engine import Engine
-from hyper_sd.job import Job, Observer
+from hyper_sd.job import BEST, Job, Observer
 from hyper_sd.meter import Meter
-from hyper_sd.objective import Batch, Objective, Shared
+from hyper_sd.objective import Batch, Objective, Shared, Stage
 from hyper_sd.roles import Role
 from hyper_sd.saver import Saver, checkpoints
 from hyper_sd.stop import Stop
@@ -81,6 +83,16 @@ def update(objective: Objective, micro_batches: Sequence[tuple[Batch, Shared]], 
     return objective.trains, logs
 
 
+def check_checkpoint(folder: Path, plan: StagePlan, stage: Stage) -> None:
+    """Raise ValueError if a stage's newest checkpoint is of other adapters than the stage has, as an accepted change may make it."""
+    saved, own = saved_adapters(checkpoints(folder)), {*stage.adapters, *stage.modules}
+    if saved is not None and saved - {BEST} != own:
+        raise ValueError(
+            f"{plan.key}: the checkpoints in {folder} are of {', '.join(sorted(saved - {BEST}))}, but with the settings of now the stage "
+            f"has {', '.join(sorted(own))}; give the settings of {plan.key} that it began with, or set another run.dir"
+        )
+
+
 def _restore(job: Job, engine: Engine, objectives: Sequence[Objective], bad_steps: BadSteps) -> int:
     """The stage's state as its newest checkpoint has it; returns the step to go on from."""
     engine.drop_optimizers()
@@ -91,7 +103,8 @@ def _restore(job: Job, engine: Engine, objectives: Sequence[Objective], bad_step
             f"{job.plan.key}: the processes find different checkpoints in {job.folder}; run.dir must be a directory they share"
         )
     for adapter, tensors in checkpoint.adapters.items() if checkpoint else ():
-        job.context.roles.load_state_dict(adapter, tensors)
+        if adapter != BEST or job.guard is not None:  # a guard may be taken off a stage that has begun
+            job.context.roles.load_state_dict(adapter, tensors)
     _start_optimizers(job, engine, objectives)  # after the adapters: an engine may copy what it trains
     job.feed.bad.restore(checkpoint.bad_samples if checkpoint else 0)
     if checkpoint is None:

@@ -17,9 +17,9 @@ from hyper_sd.engines import start_engine
 from hyper_sd.evaluate import evaluate_run
 from hyper_sd.export import export_lora, fixed_inputs, lora_info, save_parts
 from hyper_sd.files import replace_file
-from hyper_sd.guard import BEST, GUARD_DRAW, HeldOutGuard
-from hyper_sd.job import Feed, Job
-from hyper_sd.loop import fit
+from hyper_sd.guard import GUARD_DRAW, HeldOutGuard
+from hyper_sd.job import BEST, Feed, Job
+from hyper_sd.loop import check_checkpoint, fit
 from hyper_sd.lora_file import inspect_lora, read_lora
 from hyper_sd.measure import NUM_GRID, check_judge, make_draw
 from hyper_sd.merge import merge_role
@@ -37,9 +37,10 @@ from hyper_sd.stop import Stop
 from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, TeacherFacts, base_dtype, inspect_teacher, load_pipeline, load_teacher
 from hyper_sd.teachers.base import Clamp
-from hyper_sd.watchdog import LostProcess, Watchdog
+from hyper_sd.watchdog import LostProcess, Watchdog, is_of_a_connection
 
 LORA = "lora.safetensors"
+_NEXT_SIGNAL_S = 10.0  # so much later than another process this one may be told to stop
 
 
 def run_plan(config: RunConfig) -> None:
@@ -70,6 +71,9 @@ def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
     if config.segmenter is not None and instances:
         check_segmenter(config.segmenter, source.categories)
     folder = RunFolder(config, facts.fingerprint)
+    for name, plan in config.selected.items():
+        if not (folder.path / name / LORA).exists():
+            check_checkpoint(folder.path / name, plan, stages[name])
     engine.barrier()  # every process has looked at the directory before one writes to it
     if engine.is_main:
         folder.create(config)
@@ -267,8 +271,8 @@ class Run:
             with self.stop.at_once():
                 self.evaluate()
                 return True
-        except BaseException:  # also what became of this process because another had ended before
-            if self.stop.signal is None:
+        except BaseException as error:  # also what became of this process because another had ended before
+            if not self.stop.comes(_NEXT_SIGNAL_S if is_of_a_connection(error) else 0.0):
                 raise
         self._note_stop("all stages are trained, but not evaluated")
         return False

@@ -117,6 +117,7 @@ class Processes:
 
 
 def _accelerator(launch: Launch, on_cpu: bool, timeout: timedelta) -> Accelerator:
+    _join_again("gloo" if on_cpu else "nccl", timeout)
     if not launch.zero_stage:
         return Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
     if on_cpu:  # Accelerator(cpu=True) would leave DeepSpeed out
@@ -124,6 +125,16 @@ def _accelerator(launch: Launch, on_cpu: bool, timeout: timedelta) -> Accelerato
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)])
     unset_hf_deepspeed_config()  # else transformers would divide every text encoder it loads from now on, and nothing would join it
     return accelerator
+
+
+def _join_again(backend: str, timeout: timedelta) -> None:
+    """Join the others where a launcher has restarted all: it keeps its store, with the addresses of those that have died in it."""
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if life == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout)
+    dist.init_process_group(backend, store=dist.PrefixStore(f"life/{life}", store), rank=rank, world_size=world_size, timeout=timeout)
 
 
 def _backend() -> str | None:

@@ -12,7 +12,7 @@ from hyper_sd.checkpoint import Checkpoint, CheckpointError, save_checkpoint
 from hyper_sd.config import EngineConfig
 from hyper_sd.engine import Engine
 from hyper_sd.host_copies import HostCopies
-from hyper_sd.job import Job, Observer
+from hyper_sd.job import BEST, Job, Observer
 from hyper_sd.meter import Meter
 
 
@@ -123,7 +123,7 @@ class Saver:
             )
         optimizer, updates = self._engine.state_dict(self._copies.take)
         bad = self._meter.look(step)
-        kept, history = ((job.guard.keeps,), list(job.guard.history)) if job.guard is not None else ((), [])
+        kept, history = ((BEST,), list(job.guard.history)) if job.guard is not None else ((), [])
         adapters = {name: self._copy(name) for name in (*names, *kept)} if self._engine.is_main else {}
         self._copies.wait()
         return Checkpoint(step, adapters, optimizer, updates, dict(bad.skipped), dict(bad.in_a_row), history, job.feed.bad.num)

@@ -25,6 +25,13 @@ class Stop:
             return f"engine.max_seconds={self._max_seconds:g}"
         return self.signal
 
+    def comes(self, within_s: float) -> bool:
+        """Whether a signal has come, or comes within so many seconds: who tells several processes tells one after the other."""
+        until = time.monotonic() + within_s
+        while self.signal is None and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.signal is not None
+
     @contextmanager
     def caught(self) -> Iterator["Stop"]:
         previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}

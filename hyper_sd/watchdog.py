@@ -62,7 +62,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._lost_a_peer = self._world > 1 and error is not None and _is_of_a_connection(error)
+        self._lost_a_peer = self._world > 1 and error is not None and is_of_a_connection(error)
         self._leaving.set()
         if self._world > 1:
             self._thread.join()
@@ -135,5 +135,6 @@ class Watchdog:
         os._exit(1)
 
 
-def _is_of_a_connection(error: BaseException) -> bool:
+def is_of_a_connection(error: BaseException) -> bool:
+    """Whether an error says that another process is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -62,6 +62,12 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]", ti
         time.sleep(0.005)
 
 
+def reached(run_dir: Path, step: int, stage: str = "tscd_8") -> bool:
+    """Whether a stage has saved so many steps; the checkpoint itself may be gone again."""
+    saved = (path.name.removeprefix("step_") for path in (run_dir / stage / "checkpoints").glob("step_*"))
+    return any(name.isdigit() and int(name) >= step for name in saved)
+
+
 def adapters(run_dir: Path) -> dict[str, Tensor]:
     """Every tensor of every exported LoRA of a run, by stage."""
     files = {stage: run_dir / stage / "lora.safetensors" for stage in STAGES} | {"run": run_dir / "lora.safetensors"}

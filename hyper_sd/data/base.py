@@ -46,7 +46,8 @@ class Samples:
 
     conds, where the source has them, are the teacher's conditions of the captions. sizes (B, 6) are what SDXL is told of an image:
     original size, crop corner and target size in pixels, each (height, width). bad are those that samples of this batch stand in for.
-    instances are the objects of each image, where the source has `categories` of them.
+    instances are the objects of each image, where the source has `categories` of them. names say where each sample comes from, in
+    sources that read files.
     """
 
     captions: list[str]
@@ -56,6 +57,7 @@ class Samples:
     sizes: Tensor | None = None
     bad: tuple[BadSample, ...] = ()
     instances: tuple[Instances, ...] = ()
+    names: tuple[str, ...] = ()
 
     def pinned(self) -> "Samples":
         """The same in page-locked memory, from which a GPU copies while it computes."""

@@ -111,7 +111,8 @@ class CacheSource:
         if self.manifest.embeddings:
             conds = tuple(torch.stack([row.cond[part] for row in rows]) for part in range(len(rows[0].cond)))
         sizes = torch.tensor([row.sizes for row in rows], dtype=torch.float32)
-        return Samples([row.caption for row in rows], None, torch.stack([row.latent for row in rows]), conds, sizes, bad)
+        texts, names = [row.caption for row in rows], tuple(row.name for row in rows)
+        return Samples(texts, None, torch.stack([row.latent for row in rows]), conds, sizes, bad, names=names)
 
     def check(self, encoder: Encoder) -> None:
         for name, values in probe(encoder, self.manifest.embeddings).items():
@@ -141,7 +142,7 @@ class CacheSource:
         cond = tuple(values[f"cond.{part}"][number].float() for part in range(len(values)))
         if not all(bool(part.sum().isfinite()) for part in (latent, *cond)):  # a sum is finite if all are, and half the work
             raise BadSampleError(f"{info['name']} ({where})", "not finite")
-        return Row(info["text"][number], latent, cond, tuple(info["sizes"]))
+        return Row(info["name"], info["text"][number], latent, cond, tuple(info["sizes"]))
 
     def _read_index(self) -> dict[str, np.ndarray]:
         data = storage.read_all(f"{self._path}/{INDEX}")
@@ -176,8 +177,9 @@ class CacheSource:
 
 @dataclass(frozen=True)
 class Row:
-    """One prepared sample, in float32."""
+    """One prepared sample, in float32; `name` is where it came from."""
 
+    name: str
     caption: str
     latent: Tensor
     cond: Cond

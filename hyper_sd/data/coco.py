@@ -38,6 +38,7 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Row:
+    name: str
     caption: str
     image: Placed
     instances: Instances
@@ -63,7 +64,8 @@ class CocoSource(SourceDefaults):
         rows, bad = self._rows.read(self._read, positions)
         images = torch.stack([row.image.tensor() for row in rows])
         sizes = torch.tensor([row.image.sizes for row in rows], dtype=torch.float32)
-        return Samples([row.caption for row in rows], images, sizes=sizes, bad=bad, instances=tuple(row.instances for row in rows))
+        texts, names, instances = [row.caption for row in rows], tuple(row.name for row in rows), tuple(row.instances for row in rows)
+        return Samples(texts, images, sizes=sizes, bad=bad, instances=instances, names=names)
 
     def _read(self, index: int, position: int) -> _Row:
         entry, size = self._entries[index], self._image_size
@@ -75,7 +77,8 @@ class CocoSource(SourceDefaults):
             raise BadSampleError(str(entry.file), "no instance", "the crop leaves nothing of any")
         labels = torch.tensor([self._label[entry.objects[number]["category_id"]] for number in seen])
         instances = Instances(torch.from_numpy(np.stack([placed[number] for number in seen])), labels)
-        return _Row(entry.captions[pick_caption(entry.captions, self._seed, position)], place(image, size, size), instances)
+        text = entry.captions[pick_caption(entry.captions, self._seed, position)]
+        return _Row(str(entry.file), text, place(image, size, size), instances)
 
     def _mask(self, row: Mapping[str, Any], entry: _Entry, height: int, width: int) -> np.ndarray:
         """The mask of an annotation, bool (height, width); BadSampleError for one that is not of this image."""

@@ -38,13 +38,14 @@ class FolderSource(SourceDefaults):
 
     def batch(self, positions: Sequence[int]) -> Samples:
         read, bad = self._rows.read(self._read, positions)
-        sizes = torch.tensor([placed.sizes for _, placed in read], dtype=torch.float32)
-        return Samples([caption for caption, _ in read], torch.stack([placed.tensor() for _, placed in read]), sizes=sizes, bad=bad)
+        sizes = torch.tensor([image.sizes for _, _, image in read], dtype=torch.float32)
+        texts, names = [text for _, text, _ in read], tuple(name for name, _, _ in read)
+        return Samples(texts, torch.stack([image.tensor() for _, _, image in read]), sizes=sizes, bad=bad, names=names)
 
-    def _read(self, index: int, position: int) -> tuple[str, Placed]:
+    def _read(self, index: int, position: int) -> tuple[str, str, Placed]:
         entry = self._entries[index]
         placed = place(decode(entry.file, str(entry.file)), self._image_size, self._image_size)
-        return entry.captions[pick_caption(entry.captions, self._seed, position)], placed
+        return str(entry.file), entry.captions[pick_caption(entry.captions, self._seed, position)], placed
 
 
 def entries(path: str, caption_column: str = "text") -> Iterator[Entry | BadSample]:

@@ -33,6 +33,7 @@ from hyper_sd.guidance import Cond
 
 @dataclass(frozen=True)
 class _Row:
+    name: str
     caption: str
     image: Placed | None = None
     latent: Tensor | None = None
@@ -57,30 +58,30 @@ class WebDatasetSource(SourceDefaults):
 
     def batch(self, positions: Sequence[int]) -> Samples:
         rows, bad = self._rows.read(self._read, positions)
-        texts = [row.caption for row in rows]
+        texts, names = [row.caption for row in rows], tuple(row.name for row in rows)
         placed = [row.image for row in rows if row.image is not None]
         if placed:
             sizes = torch.tensor([image.sizes for image in placed], dtype=torch.float32)
-            return Samples(texts, images=torch.stack([image.tensor() for image in placed]), sizes=sizes, bad=bad)
+            return Samples(texts, images=torch.stack([image.tensor() for image in placed]), sizes=sizes, bad=bad, names=names)
         latents = _stack([row.latent for row in rows])
         if all(row.cond is None for row in rows):
-            return Samples(texts, latents=latents, bad=bad)
+            return Samples(texts, latents=latents, bad=bad, names=names)
         counts = {len(row.cond or ()) for row in rows}
         if len(counts) > 1:
             raise ValueError("data.path: samples of one batch differ in their prepared conditions; prepare all alike")
         conds = tuple(_stack([row.cond[part] if row.cond else None for row in rows]) for part in range(counts.pop()))
-        return Samples(texts, latents=latents, conds=conds, bad=bad)
+        return Samples(texts, latents=latents, conds=conds, bad=bad, names=names)
 
     def _read(self, index: int, position: int) -> _Row:
         sample = self._samples[index]
         latent = sample.one_of(tar.LATENTS)
         if latent is None:
             placed = place(decode(io.BytesIO(read_image_bytes(sample)), str(sample)), self._image_size, self._image_size)
-            return _Row(self._caption(sample, position), image=placed)
+            return _Row(str(sample), self._caption(sample, position), image=placed)
         tensors = _read_latent(sample, latent)
         cond = tuple(tensors[f"cond.{part}"].float() for part in range(len(tensors) - 1)) or None
         prepared = cond is not None and sample.one_of(tar.CAPTIONS) is None
-        return _Row("" if prepared else self._caption(sample, position), latent=tensors["latent"].float(), cond=cond)
+        return _Row(str(sample), "" if prepared else self._caption(sample, position), latent=tensors["latent"].float(), cond=cond)
 
     def _caption(self, sample: TarSample, position: int) -> str:
         texts = read_captions(sample, self._caption_column)

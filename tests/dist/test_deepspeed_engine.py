@@ -25,11 +25,15 @@ def offloaded(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("offload", [False, True], ids=["zero1", "zero2 with Adam on the host"])
-def test_updates_are_the_plain_ones_and_those_that_are_not_finite_leave_no_trace(offload: bool, tmp_path: Path) -> None:
-    config = offloaded(tmp_path) if offload else CONFIGS / "deepspeed_zero1.yaml"
-    options = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", "0"]
+@pytest.mark.parametrize(("stage", "on_host", "num_processes"), [("zero1", False, 1), ("zero2", True, 1), ("zero2", False, 2)])
+def test_updates_are_the_plain_ones_and_those_that_are_not_finite_leave_no_trace(
+    stage: str, on_host: bool, num_processes: int, tmp_path: Path
+) -> None:
+    """With Adam on the host or not; of two processes only the first has losses that are not finite."""
+    config = offloaded(tmp_path) if on_host else CONFIGS / f"deepspeed_{stage}.yaml"
+    options = ["--config_file", str(config), "--num_processes", str(num_processes), "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "tests.dist.updates"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"zero{1 + offload}, AdamW: 7 updates are the plain ones" in done.stdout
+    for rank in range(num_processes):
+        assert f"rank {rank}, {stage}, AdamW: 7 updates are the plain ones" in done.stdout

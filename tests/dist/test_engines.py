@@ -91,9 +91,12 @@ def test_two_micro_batches_of_two_are_the_batch_of_four(teacher: Path, alone: Pa
 
 @pytest.mark.timeout(900)
 def test_every_engine_goes_on_where_another_was(teacher: Path, alone: Path, tmp_path: Path) -> None:
-    """plain on 1 process -> ZeRO-1 on 2 -> ZeRO-2 -> ZeRO-3 -> plain on 1; then all engines have trained both stages."""
+    """plain on 1 process -> plain or ZeRO-1 on 2 -> ZeRO-2 -> ZeRO-3 -> plain on 1; then all engines have trained both stages."""
     configs = ROOT / "configs" / "accelerate"
+    plain = launch(teacher, left_after(alone, tmp_path / "0", "tscd_1", 1), configs / "cpu_2proc.yaml", "resume=auto")
+    assert_ends_like(plain, alone, OTHER_PROCESSES)
     zero1 = launch(teacher, left_after(alone, tmp_path / "1", "tscd_1", 1), configs / "deepspeed_zero1.yaml", "resume=auto")
+    assert_ends_like(zero1, plain, SAME_PROCESSES)
     assert_ends_like(zero1, alone, OTHER_PROCESSES)
     zero2 = launch(teacher, left_after(zero1, tmp_path / "2", "tscd_1", 2), configs / "deepspeed_zero2.yaml", "resume=auto")
     assert_ends_like(zero2, zero1, SAME_PROCESSES)
@@ -106,6 +109,7 @@ def test_every_engine_goes_on_where_another_was(teacher: Path, alone: Path, tmp_
         assert status["engine"] == {"type": f"zero{number}", "world_size": 2, "backend": "gloo", "device": "cpu"}
         assert status["resumed_from"] == [1, 2, 4][:number]
         assert_idle_roles_rest(run_dir)
+        assert_holds_adapters_alone(run_dir / "score" / "checkpoints" / f"step_{STEPS:08d}")
 
 
 def test_on_one_process_another_engine_goes_on_bit_for_bit(teacher: Path, tmp_path: Path) -> None:
@@ -127,6 +131,18 @@ def shards_tiny_weights(folder: Path) -> Path:
     kept = rest[rest.index("num_machines") : rest.index("mixed_precision")]  # which accelerate refuses beside a file
     (folder / "zero3.yaml").write_text(f"{before}deepspeed_config:\n  deepspeed_config_file: {file}\n  zero3_init_flag: false\n{kept}")
     return folder / "zero3.yaml"
+
+
+def assert_holds_adapters_alone(checkpoint: Path) -> None:
+    """Nothing of the frozen network: LoRA tensors, the discriminator's heads, and two moments of what is trained."""
+    saved = load_checkpoint(checkpoint)
+    assert saved.adapters.keys() == {"student", "target", "fake", "heads"}
+    assert all(".lora_" in name for adapter, tensors in saved.adapters.items() if adapter != "heads" for name in tensors)
+    trained = [saved.adapters[name] for name in ("student", "fake", "heads")]
+    assert len(saved.optimizer) == 2 * sum(len(tensors) for tensors in trained)
+    num = sum(value.numel() for tensors in (*saved.adapters.values(), *trained, *trained) for value in tensors.values())
+    size, tensors = sum(file.stat().st_size for file in checkpoint.iterdir()), 2 * len(saved.optimizer)
+    assert 4 * num < size < 4 * num + 256 * tensors  # float32, and a line of the header for each tensor
 
 
 def assert_idle_roles_rest(run_dir: Path) -> None:

@@ -8,12 +8,13 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from hyper_sd.bad_steps import FILE
 from hyper_sd.checkpoint import latest_checkpoint
 from tests.lives import living, running, wait_until
-from tests.runs import ROOT, adapters, assert_same, finish, start, train, wait_for
+from tests.runs import ROOT, adapters, assert_same, finish, reached, start, train, wait_for
 from tests.shards import write_latents, write_photo
 from tests.tiny import tiny_sd15
 
@@ -33,7 +34,7 @@ def test_the_others_end_with_the_name_of_a_rank_that(rank: int, fault: signal.Si
     run_dir = tmp_path / "run"
     with running(teacher, run_dir, *LONG, "engine.timeout_seconds=4", world=2) as lives:
         lost, other = lives[rank], lives[1 - rank]
-        wait_until((run_dir / "tscd_8" / "checkpoints" / "step_00000002").exists, other)
+        wait_until(lambda: reached(run_dir, 2), other)
         lost.signal(fault)
         assert other.end(60) == 1
         assert lost.end(5) == -signal.SIGKILL  # a process that hangs is not left behind
@@ -64,7 +65,7 @@ def test_a_rank_that_waits_for_its_samples_is_told_from_those_that_wait_for_it(t
         write_photo(photos / f"{number}.png")
     data = ("data=folder", f"data.path={photos}", "data.batch_size=2")
     with running(teacher, run_dir, *LONG, *data, "engine.timeout_seconds=6", world=2) as lives:
-        wait_until((run_dir / "tscd_8" / "checkpoints" / "step_00000002").exists, lives[0])
+        wait_until(lambda: reached(run_dir, 2), lives[0])
         pipe = photos / "pipe"
         os.mkfifo(pipe)  # nobody writes to it: who opens it to read waits for ever
         os.replace(pipe, photos / "0.png")
@@ -81,7 +82,7 @@ def test_sigterm_to_the_launcher_and_what_run_json_says_to_type(teacher: Path, t
         assert [life.end() for life in straight] == [0, 0]
     launched = start(teacher, run_dir, *few, launcher=LAUNCH)
     checkpoints = run_dir / "tscd_8" / "checkpoints"
-    wait_for((checkpoints / "step_00000002").exists, launched)
+    wait_for(lambda: reached(run_dir, 2), launched)
     launched.send_signal(signal.SIGTERM)
     output, _ = launched.communicate(timeout=120)
     status = json.loads((run_dir / "run.json").read_text())
@@ -95,6 +96,24 @@ def test_sigterm_to_the_launcher_and_what_run_json_says_to_type(teacher: Path, t
     done = subprocess.run(words, cwd=status["directory"], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((run_dir / "run.json").read_text())["resumed_from"] == [saved.step]
+    assert_same(adapters(tmp_path / "straight"), adapters(run_dir))
+
+
+@pytest.mark.slow
+def test_a_launcher_that_restarts_its_processes_goes_on(teacher: Path, tmp_path: Path) -> None:
+    """It keeps its store, in which the first life has left addresses and an alarm."""
+    run_dir, few = tmp_path / "run", ("only=[tscd_8]", "engine.checkpoint_every_steps=1", "stages.tscd_8.max_steps=24")
+    with running(teacher, tmp_path / "straight", *few, world=2) as straight:
+        assert [life.end() for life in straight] == [0, 0]
+    launcher = (*LAUNCH, "--main_process_port", "0", "--max_restarts", "1")
+    launched = start(teacher, run_dir, *few, "engine.timeout_seconds=12", "resume=auto", launcher=launcher)
+    wait_for(lambda: reached(run_dir, 2), launched)
+    (second,) = (process for process in psutil.Process(launched.pid).children() if process.environ().get("RANK") == "1")
+    second.kill()
+    output = finish(launched)
+    assert f"rank 1 (process {second.pid} on {os.uname().nodename}) died or hangs" in output  # in the first life
+    status = json.loads((run_dir / "run.json").read_text())
+    assert status["status"] == "finished" and len(status["resumed_from"]) == 1
     assert_same(adapters(tmp_path / "straight"), adapters(run_dir))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, finish, overrides, wait_for
+from tests.runs import ROOT, finish, overrides, reached, wait_for
 from tests.tiny import tiny_sd15
 
 SRUN = """#!/usr/bin/env bash
@@ -44,7 +44,7 @@ def test_a_signal_saves_and_requeues(tmp_path: Path) -> None:
     arguments = overrides(tiny_sd15(tmp_path / "teacher"), run_dir, "only=[tscd_8]", "stages.tscd_8.max_steps=9999")
     command = ["bash", "scripts/slurm/train.sbatch", *arguments]
     job = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for((run_dir / "tscd_8" / "checkpoints" / "step_00000002").exists, job)
+    wait_for(lambda: reached(run_dir, 2), job)
     job.send_signal(signal.SIGTERM)
     output = finish(job, timeout=100)
     assert requeued.read_text() == "requeue 7\n", output[-3000:]

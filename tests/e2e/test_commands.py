@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from hyper_sd.lora_file import inspect_lora
-from tests.runs import ROOT, STAGES, TSCD_STAGES, wait_for
+from tests.runs import ROOT, STAGES, TSCD_STAGES, reached, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -129,7 +129,7 @@ def test_ctrl_c_and_a_second_run_beside_the_first(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "recipe=smoke", f"run.dir={run_dir}", *one_stage]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for((run_dir / "tscd_8" / "checkpoints" / "step_00000002").exists, first)
+    wait_for(lambda: reached(run_dir, 2), first)
     second = subprocess.run([*command, "resume=auto"], env=environment, capture_output=True, text=True, timeout=120)
     assert second.returncode == 2 and f"run.dir={run_dir} is in use by process {first.pid} on " in second.stderr
     first.send_signal(signal.SIGINT)

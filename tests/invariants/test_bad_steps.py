@@ -50,8 +50,11 @@ def test_too_many_in_a_row_end_the_run_and_their_samples_are_written_down(teache
         "grad_norm": "nan",
         "losses": rows[0]["losses"],
         "positions": [0, 3],
+        "names": rows[0]["names"],
         "captions": rows[0]["captions"],
     }
+    shard = data[1].removeprefix("data.path=")
+    assert sorted(rows[0]["names"]) == [f"sample {n:03} of {shard}" for n in range(4)]
     assert rows[0]["losses"][0] in ("nan", "inf") and sorted(rows[0]["captions"]) == [f"sample {n}" for n in range(4)]
     status = json.loads((tmp_path / "run" / "run.json").read_text())
     assert status["status"] == "failed" and FILE in status["error"]

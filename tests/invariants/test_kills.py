@@ -1,6 +1,7 @@
 """A run that is killed again and again is the run that was left alone."""
 
 import itertools
+import json
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from tests.runs import adapters, assert_same, train
 from tests.tiny import tiny_sd15
 
 KILLS = 20
+PATIENCE_S = 120
 
 
 @pytest.mark.slow
@@ -42,6 +44,50 @@ def test_killed_twenty_times_also_inside_a_save_is_the_straight_run(tmp_path: Pa
     with running(teacher, run_dir, *settings, "resume=auto") as (life,):
         assert life.end() == 0, life.output
     assert_same(adapters(straight), adapters(run_dir))
+    assert not partial(run_dir)
+
+
+def train_with_a_disk_that_hangs(file: Path, teacher: Path, run_dir: Path, *extra: str) -> None:
+    """`file` is never opened."""
+
+    def wait(event: str, args: tuple[object, ...]) -> None:
+        if event == "open" and args[0] == str(file):
+            print("inside a save", flush=True)
+            time.sleep(PATIENCE_S)
+
+    sys.addaudithook(wait)
+    train(teacher, run_dir, *extra)
+
+
+def kill_inside_a_save(run_dir: Path, step: int, name: str, ranks: tuple[int, ...], *args: object) -> tuple[list[int], str]:
+    """The exit codes of two processes of which some are killed while a checkpoint is half written; what the last one said."""
+    file = run_dir / "score" / "checkpoints" / f"step_{step:08d}.tmp" / name
+    with living(run_dir.with_name(f"log.{step}"), train_with_a_disk_that_hangs, file, *args, world=2) as lives:
+        wait_until(lambda: "inside a save" in lives[0].output, lives[0])
+        for rank in ranks:
+            lives[rank].kill()
+        codes = [life.end(60) for life in lives]
+        assert partial(run_dir)
+        return codes, lives[-1].output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_processes_killed_inside_a_save_are_the_straight_run(tmp_path: Path) -> None:
+    """First the one that writes, which the other notices, then both at once; bit for bit, since both runs have two processes."""
+    teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
+    settings = ("only=[score]", "stages.score.max_steps=6", "engine.checkpoint_every_steps=1")
+    with running(teacher, tmp_path / "straight", *settings, world=2) as lives:
+        assert [life.end() for life in lives] == [0, 0], lives[0].output
+    settings = (*settings, "engine.timeout_seconds=20", "resume=auto")
+    codes, output = kill_inside_a_save(run_dir, 3, "optimizer.safetensors", (0,), teacher, run_dir, *settings)
+    assert codes == [-signal.SIGKILL, 1] and "rank 0 (process" in output
+    codes, _ = kill_inside_a_save(run_dir, 5, "manifest.json", (0, 1), teacher, run_dir, *settings)
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL]
+    with running(teacher, run_dir, *settings, world=2) as lives:
+        assert [life.end() for life in lives] == [0, 0], lives[0].output
+    assert json.loads((run_dir / "run.json").read_text())["resumed_from"] == [2, 4]
+    assert_same(adapters(tmp_path / "straight"), adapters(run_dir))
     assert not partial(run_dir)
 
 

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from hyper_sd.checkpoint import latest_checkpoint
+from hyper_sd.checkpoint import latest_checkpoint, save_checkpoint
 from hyper_sd.cli import compose
 from hyper_sd.config import RunConfig, run_config
 from hyper_sd.resume import accepted_changes, config_to_yaml
-from tests.runs import adapters, assert_same, train
+from tests.runs import adapters, assert_same, overrides, train
 from tests.tiny import tiny_sd15
 
 SHORT = ("only=[tscd_8,tscd_4]", "stages.tscd_8.max_steps=2", "stages.tscd_4.max_steps=2")
@@ -74,6 +76,38 @@ def test_what_is_accepted_is_noted_and_need_not_be_accepted_again(teacher: Path,
     train(teacher, stopped, *SHORT, change, "run.accept_changed=[stages.tscd_4]", "resume=auto")
     train(teacher, stopped, *SHORT, change, "resume=auto")
     assert json.loads((stopped / "run.json").read_text())["changed"] == ["stages.tscd_4.ema_decay: 0.6 -> 0.5"]
+
+
+def test_a_guard_may_be_taken_off_a_stage_that_has_begun_or_put_on(teacher: Path, tmp_path: Path) -> None:
+    guard = ("stages.refl.guard.patience=null", "stages.refl.guard.keep=last", "stages.refl.guard.every_steps=1")
+    settings = ("only=[refl]", "stages.refl.rollout=[1]", "engine.checkpoint_every_seconds=null")
+    run_dir = train(teacher, tmp_path / "run", *settings, *guard)
+    expected = adapters(run_dir)  # such a guard only looks
+    for change in (("stages.refl.guard=null",), guard):
+        shutil.rmtree(run_dir / "refl" / "checkpoints" / "step_00000004")
+        for file in (run_dir / "lora.safetensors", run_dir / "refl" / "lora.safetensors"):
+            file.unlink()
+        train(teacher, run_dir, *settings, *change, "run.accept_changed=[stages.refl.guard]", "resume=auto")
+        assert_same(expected, adapters(run_dir))
+    assert [row["step"] for row in json.loads((run_dir / "refl" / "guard.json").read_text())["history"]] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("begun_with", [False, True])
+def test_a_stage_goes_on_with_the_adapters_that_its_checkpoints_have(begun_with: bool, teacher: Path, stopped: Path) -> None:
+    """Also where the change that makes it another is accepted; nothing is written then."""
+    with_heads = "stages.tscd_4.adversarial={weight: 0.1}"
+    if begun_with:
+        (stopped / "config.yaml").write_text(config_to_yaml(run_config(compose("train", overrides(teacher, stopped, *SHORT, with_heads)))))
+        folder = stopped / "tscd_4" / "checkpoints"
+        saved = latest_checkpoint(folder)
+        assert saved is not None
+        save_checkpoint(folder, replace(saved, adapters={**saved.adapters, "heads": {"w": torch.ones(1)}}), keep_last=2)
+    before = {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
+    lists = ["student, target", "heads, student, target"]
+    are, has = reversed(lists) if begun_with else lists
+    with pytest.raises(ValueError, match=rf"stages\.tscd_4: the checkpoints in .* are of {are}, but .* has {has}; give the settings"):
+        train(teacher, stopped, *SHORT, *(() if begun_with else (with_heads,)), "run.accept_changed=[stages.tscd_4]", "resume=auto")
+    assert before == {file: file.read_bytes() for file in stopped.rglob("*") if file.is_file()}
 
 
 def test_how_and_where_it_runs_may_change(teacher: Path, straight: Path, stopped: Path, tmp_path: Path) -> None:

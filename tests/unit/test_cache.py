@@ -43,6 +43,8 @@ def test_every_caption_has_its_turns(tmp_path: Path) -> None:
     drawn = {caption for epoch in range(12) for caption in source.batch(range(4 * epoch, 4 * epoch + 4)).captions}
     assert len(drawn) == 12
     assert source.batch([5, 6]).captions == source.batch(range(4, 8)).captions[1:3]
+    samples = source.batch(range(4))
+    assert [f"{name.replace('image', 'number')} caption" for name in samples.names] == [text[:-2] for text in samples.captions]
 
 
 def test_a_batch_of_two_groups_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_masks_are_cut_as_their_images(tmp_path: Path, segmentation: Any) -> Non
     """The white box is its own mask, after any resize and crop."""
     samples = read(write(tmp_path, [[segmentation]]))
     (instances,) = samples.instances
-    assert samples.images is not None and samples.captions == ["picture 0"]
+    assert samples.images is not None and samples.captions == ["picture 0"] and samples.names == (str(tmp_path / "images" / "0.png"),)
     assert instances.masks.shape == (1, SIDE, SIDE) and instances.masks.dtype == torch.bool
     assert torch.equal(instances.masks[0], samples.images[0, 0] > 0.5)
     x0, y0, x1, y1 = (round(value * SIDE / HEIGHT) for value in (MIDDLE[0] - 8, MIDDLE[1], MIDDLE[2] - 8, MIDDLE[3]))

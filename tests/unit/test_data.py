@@ -96,6 +96,7 @@ def test_every_sample_comes_once_an_epoch_with_its_own_caption(seven: tuple[Kind
         numbers = number_of(samples)
         assert sorted(numbers) == list(range(7))
         assert samples.captions == [f"number {number}" for number in numbers]
+        assert all(f"{number:03}" in name for number, name in zip(numbers, samples.names, strict=True))
         orders.append(tuple(numbers))
     assert len(set(orders)) == 3
 
