@@ -25,7 +25,7 @@ from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig
 from hyper_sd.data import Source, build_source
 from hyper_sd.image_metrics import Figure, ImageMetrics, check_metrics, open_metrics
 from hyper_sd.lora_file import replace_recipe
-from hyper_sd.measure import HELDOUT, NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
+from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
 from hyper_sd.metrics import Jackknifed, mean_and_error
 from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
@@ -120,8 +120,7 @@ def evaluate_run(cfg: RunConfig, processes: Processes, source: Source | None = N
     run_dir = Path(cfg.run.dir)
     stages = {name: run_dir / name / "lora.safetensors" for name in cfg.stages}
     files = {name: file for name, file in stages.items() if file.is_file()}
-    own = cfg.rewards | ({} if cfg.heldout is None else {HELDOUT: cfg.heldout})
-    metrics = replace(metrics, names=tuple(dict.fromkeys((*own, *metrics.names))), rewards=metrics.rewards | own)
+    metrics = replace(metrics, names=tuple(dict.fromkeys((*cfg.judges, *metrics.names))), rewards=metrics.rewards | cfg.judges)
     return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source, metrics)
 
 

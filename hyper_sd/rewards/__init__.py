@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hyper_sd.config import FilesConfig, RewardConfig
+from hyper_sd.config import HELDOUT, FilesConfig, RewardConfig
 from hyper_sd.paths import asset_dir
 from hyper_sd.rewards.base import Reward, Rewards, TowerReward
 from hyper_sd.rewards.weights import check, check_clip
@@ -19,17 +19,17 @@ def build_reward(config: RewardConfig, device: torch.device, key: str = "reward"
     return _build(config, device, key, _towers(device))
 
 
-def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device, key: str = "rewards") -> Rewards:
+def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> Rewards:
     """Several by name; those on the same CLIP files share one model. Everything that can be refused is refused before weights load."""
-    check_rewards(configs, key)
+    check_rewards(configs)
     towers = _towers(device)
-    return Rewards({name: _build(config, device, f"{key}.{name}", towers) for name, config in configs.items()})
+    return Rewards({name: _build(config, device, _key(name), towers) for name, config in configs.items()})
 
 
-def check_rewards(configs: Mapping[str, RewardConfig], key: str = "rewards") -> None:
+def check_rewards(configs: Mapping[str, RewardConfig]) -> None:
     """`check_reward` of several by name."""
     for name, config in configs.items():
-        check_reward(config, f"{key}.{name}")
+        check_reward(config, _key(name))
 
 
 def check_reward(config: RewardConfig, key: str = "reward") -> None:
@@ -43,6 +43,11 @@ def check_reward(config: RewardConfig, key: str = "reward") -> None:
         case "hps_v2" | "image_reward":
             check(_base(config, key), f"{key}.base")
             check(config, key)
+
+
+def _key(name: str) -> str:
+    """Where a run's configuration has the reward of this name."""
+    return name if name == HELDOUT else f"rewards.{name}"
 
 
 def _build(config: RewardConfig, device: torch.device, key: str, towers: Callable[[FilesConfig, str], Any]) -> Reward:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hyper_sd.data.scenes import BACKGROUNDS, COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES
+from hyper_sd.randomness import send
 
 EmbeddedKind = Literal["embedded", "embedded_heldout"]
 MAX_WORDS = 24
@@ -51,7 +52,7 @@ class EmbeddedReward(nn.Module):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The cosine (B,) of each image and its prompt; gradients flow to the images."""
         with torch.no_grad():
-            texts = self.embed_words(words(prompts).to(images.device))
+            texts = self.embed_words(send(words(prompts), images))
         return (self.embed_images(images.float()) * texts).sum(1)
 
 
