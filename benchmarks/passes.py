@@ -8,6 +8,7 @@ import torch
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.features import encoder_features
 from hyper_sd.guidance import Cond
+from hyper_sd.instances import Instances
 from hyper_sd.objective import Batch, Context, Objective, Shared, Stage, WeightedReward
 from hyper_sd.roles import Role
 
@@ -49,11 +50,11 @@ def record(stage: Stage, ctx: Context, batch: Batch) -> list[Pass]:
     return passes
 
 
-def judged(stage: Stage, ctx: Context, batch: Batch) -> tuple[float, float]:
-    """Decodings, and scores of rewards, a sample in one cycle of the stage."""
-    if ctx.feedback is None:
-        return 0.0, 0.0
-    counts, feedback = {"decoded": 0, "scored": 0}, ctx.feedback
+def judged(stage: Stage, ctx: Context, batch: Batch) -> dict[str, float]:
+    """Decodings, scores of rewards, and images that a segmenter judged, a sample in one cycle of the stage."""
+    counts, feedback = {"decoded": 0, "scored": 0, "segmented": 0}, ctx.feedback
+    if feedback is None:
+        return dict.fromkeys(counts, 0.0)
 
     def decode(x0: torch.Tensor) -> torch.Tensor:
         counts["decoded"] += len(x0)
@@ -66,9 +67,14 @@ def judged(stage: Stage, ctx: Context, batch: Batch) -> tuple[float, float]:
 
         return replace(reward, score=score)
 
+    def segment(images: torch.Tensor, instances: Sequence[Instances]) -> torch.Tensor:
+        assert feedback.segment is not None
+        counts["segmented"] += len(images)
+        return feedback.segment(images, instances)
+
     rewards = {name: scoring(reward) for name, reward in feedback.rewards.items()}
-    record(stage, replace(ctx, feedback=replace(feedback, decode=decode, rewards=rewards)), batch)
-    return counts["decoded"] / len(batch.x0), counts["scored"] / len(batch.x0)
+    record(stage, replace(ctx, feedback=replace(feedback, decode=decode, rewards=rewards, segment=segment)), batch)
+    return {name: count / len(batch.x0) for name, count in counts.items()}
 
 
 def forward_equivalents(passes: Sequence[Pass], batch_size: int) -> float:

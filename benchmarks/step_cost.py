@@ -4,7 +4,8 @@
 
 A step is everything `fit` does for a batch that is ready: draws, noising, the teacher's solver step, the target, the loss,
 backward, clipping, optimizer step and EMA; for score distillation, both steps of a cycle with one update of the student and
-two of the fake score; for feedback, a four-step student at its last step. Its bare passes are the calls of the network in it,
+two of the fake score; for feedback, a four-step student at its last step, and with the perceptual term images that enter its
+rollout at the half. Its bare passes are the calls of the network in it,
 recorded and repeated with nothing between them (benchmarks/passes.py), on the same network, dtype, roles, batch and threads.
 The two are timed in turn and compared by their medians. Prints a table and, last, one line of JSON.
 
@@ -16,7 +17,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
@@ -48,9 +49,12 @@ STAGES: dict[str, TSCD | Score | ReFL] = {
     "tscd_adversarial": TSCD(segments=4, guidance=GUIDANCE, adversarial=Adversarial(weight=0.1)),
     "score": Score(rollout=(1,), fake_updates=2, ode_weight=0.0, guidance=GUIDANCE),
     "refl": ReFL(rollout=(4,), trained_step="last"),
+    "refl_perceptual": ReFL(rollout=(4,), trained_step="last", perceptual_weight=0.05, perceptual_rollout=(4,)),
 }
-FREE_FEEDBACK = Feedback(  # decoder and reward that cost nothing: their calls are counted, and what they cost is theirs
-    decode=lambda x0: x0[:, :3], rewards={"mean": WeightedReward(lambda images, prompts: images.flatten(1).mean(1), 1.0, 1e3)}
+FREE_FEEDBACK = Feedback(  # decoder, reward and segmenter that cost nothing: their calls are counted, and what they cost is theirs
+    decode=lambda x0: x0[:, :3],
+    rewards={"mean": WeightedReward(lambda images, prompts: images.flatten(1).mean(1), 1.0, 1e3)},
+    segment=lambda images, instances: images.flatten(1).mean(1),
 )
 PEAK_TFLOPS = {  # dense bf16 with float32 accumulation, from the vendors' data sheets
     "B200": 2250,
@@ -73,7 +77,7 @@ class Options:
     relative to; null looks the device up, and leaves MFU out where it is unknown.
     """
 
-    stage: Literal["tscd", "tscd_adversarial", "score", "refl"] = "tscd"
+    stage: Literal["tscd", "tscd_adversarial", "score", "refl", "refl_perceptual"] = "tscd"
     teacher: Literal["embedded", "sd15_random", "sdxl_random"] = "embedded"
     batch_size: Count = 32
     dtype: Literal["fp32", "bf16"] = "bf16" if torch.cuda.is_available() else "fp32"
@@ -217,7 +221,7 @@ def report(
     step_s: list[float],
     bare_s: list[float],
     equivalents: float,
-    judged: tuple[float, float],
+    judged: Mapping[str, float],
     peak_bytes: int,
 ) -> None:
     step, bare = statistics.median(step_s), statistics.median(bare_s)
@@ -231,8 +235,7 @@ def report(
         "bare_s": bare,
         "ratio": step / bare,
         "forward_equivalents": equivalents,
-        "decoded": judged[0],
-        "scored": judged[1],
+        **judged,
         "samples_per_s": options.batch_size / step,
         "peak_memory_bytes": peak_bytes,
         "flops_per_step": flops,
@@ -244,7 +247,7 @@ def report(
         low, *_, high = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 2
         print(f"{row:20}{1e3 * statistics.median(seconds):12.1f}{1e3 * low:12.1f}{1e3 * high:12.1f}")
     print(f"{equivalents:g} forward-equivalents a sample, a backward counted as one and half a network as a whole", end="")
-    print(f"; beside them {judged[0]:g} decodings and {judged[1]:g} scores of a reward" if judged[0] else "")
+    print("; beside them " + ", ".join(f"{count:g} {name}" for name, count in judged.items()) if judged["decoded"] else "")
     print(f"ratio {result['ratio']:.3f}   {result['samples_per_s']:.2f} samples/s   peak {peak_bytes / 2**30:.2f} GiB", end="")
     print(f"   {flops / 1e12:.3f} TFLOP a step" + (f"   MFU {result['mfu']:.1%}" if result["mfu"] else ""))
     print(json.dumps(result))

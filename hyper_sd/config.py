@@ -266,12 +266,18 @@ class RunConfig:
     plans: dict[str, dict[str, StagePlan]] = field(default_factory=dict)
 
     @property
+    def judges(self) -> dict[str, RewardConfig]:
+        """The rewards, trained on and held out."""
+        return self.rewards | ({} if self.heldout is None else {HELDOUT: self.heldout})
+
+    @property
     def selected(self) -> dict[str, StagePlan]:
         """The stages this run trains: all of them, or those named by `only`, in the order of the plan."""
         return {name: stage for name, stage in self.stages.items() if self.only is None or name in self.only}
 
 
-RESERVED_REWARDS = {"heldout", "step", "trained"}  # what else a row of a guard's history holds
+HELDOUT = "heldout"  # the name of what nothing is trained on, beside the rewards'
+RESERVED_REWARDS = {HELDOUT, "step", "trained"}  # what else a row of a guard's history holds
 _SHARED_STAGE_KEYS = ("optimizer", "lr_scheduler")  # top-level nodes that only stages refer to
 _PLAN_FIELDS = tuple(f.name for f in dataclasses.fields(StagePlan) if f.name not in ("name", "method"))
 

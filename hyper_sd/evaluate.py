@@ -24,8 +24,8 @@ from hyper_sd.commands import DIVERSITY, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, RunConfig, TeacherConfig
 from hyper_sd.data import Source, build_source
 from hyper_sd.image_metrics import Figure, ImageMetrics, check_metrics, open_metrics
-from hyper_sd.lora_file import replace_recipe
-from hyper_sd.measure import HELDOUT, NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
+from hyper_sd.lora_file import inspect_lora, replace_recipe
+from hyper_sd.measure import NUM_GRID, Draw, Evaluator, Job, Row, make_draw, reference_scenes, tensors_digest
 from hyper_sd.metrics import Jackknifed, mean_and_error
 from hyper_sd.negative import NegativePrompts, negative_prompts
 from hyper_sd.processes import Processes
@@ -36,6 +36,7 @@ from hyper_sd.teachers import inspect_teacher
 Key = tuple[str, int, float]  # whose row, its steps, and what tells the alternatives of a sweep apart: guidance, eta or start
 
 _TEACHER, _BEST, _FINAL = "teacher", "teacher at its best guidance", "final"
+INIT = "init"  # the row of what a run started from
 SWEEP_DRAW = 1 << 20  # the draw that settings are chosen on; no evaluation has so many draws
 _WEAKER = (0.0, 0.25, 0.5, 1.0)  # alternatives to the teacher's guidance at few steps, as shares of (w - 1)
 _AROUND = (0.5, 1.0, 1.5)  # alternatives at the teacher's full steps, to show that its guidance is a fair one
@@ -115,14 +116,22 @@ class Evaluation:
 def evaluate_run(cfg: RunConfig, processes: Processes, source: Source | None = None, metrics: MetricsConfig = NO_METRICS) -> Evaluation:
     """Evaluate the files of a run: every stage at its own steps and the final adapter, by `metrics` and the run's own rewards.
 
-    Without a judge, prompts come from `source`.
+    What the run started from goes before its stages, as `init`, so that the first of them has something to be compared with. Without a
+    judge, prompts come from `source`.
     """
     run_dir = Path(cfg.run.dir)
     stages = {name: run_dir / name / "lora.safetensors" for name in cfg.stages}
-    files = {name: file for name, file in stages.items() if file.is_file()}
-    own = cfg.rewards | ({} if cfg.heldout is None else {HELDOUT: cfg.heldout})
-    metrics = replace(metrics, names=tuple(dict.fromkeys((*own, *metrics.names))), rewards=metrics.rewards | own)
+    files = _started_from(cfg) | {name: file for name, file in stages.items() if file.is_file()}
+    metrics = replace(metrics, names=tuple(dict.fromkeys((*cfg.judges, *metrics.names))), rewards=metrics.rewards | cfg.judges)
     return evaluate(cfg.teacher, cfg.eval, files, run_dir / "lora.safetensors", processes, source, metrics)
+
+
+def _started_from(cfg: RunConfig) -> dict[str, Path]:
+    """The file that the run was given, if it is still there and says how it is sampled."""
+    if cfg.init is None or not Path(cfg.init).is_file():
+        return {}
+    info = inspect_lora(Path(cfg.init)).info
+    return {INIT: Path(cfg.init)} if info is not None and info.recipe else {}
 
 
 def evaluate_lora(cfg: EvaluateConfig, processes: Processes) -> Evaluation:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from hyper_sd.config import EvalConfig, GuardConfig
+from hyper_sd.config import HELDOUT, EvalConfig, GuardConfig
 from hyper_sd.files import write_json
 from hyper_sd.job import BEST, Job
-from hyper_sd.measure import HELDOUT, Draw
-from hyper_sd.objective import WeightedReward
+from hyper_sd.measure import Draw
 from hyper_sd.processes import Processes
-from hyper_sd.rewards import Reward
+from hyper_sd.rewards import Rewards
 from hyper_sd.sample import Recipe, decode, quiet, sample
 from hyper_sd.teachers import Teacher
 
@@ -26,21 +25,21 @@ class HeldOutGuard:
     """Samples the draw's prompts with the training network, as its users will, and keeps the adapter whose held-out reward is highest.
 
     A row of `history` has the step, the held-out reward's mean over prompts and step counts, that of each trained reward by its name,
-    and as `trained` their sum by weight.
+    and as `trained` their sum by `weights`. `rewards` has all of them, the held-out one among them.
     """
 
     def __init__(
         self,
         config: GuardConfig,
         evaluation: EvalConfig,
-        rewards: Mapping[str, WeightedReward],
-        heldout: Reward,
+        rewards: Rewards,
+        weights: Mapping[str, float],
         teacher: Teacher,
         recipe: Recipe,
         draw: Draw,
         processes: Processes,
     ):
-        self._config, self._batch_size, self._rewards, self._heldout = config, evaluation.batch_size, rewards, heldout
+        self._config, self._batch_size, self._rewards, self._weights = config, evaluation.batch_size, rewards, weights
         self._teacher, self._recipe, self._draw, self._processes = teacher, recipe, draw, processes
         self.history: list[dict[str, float]] = []
 
@@ -73,11 +72,10 @@ class HeldOutGuard:
     @torch.no_grad()
     def _scores(self, job: Job) -> dict[str, float]:
         """The means of every reward over the draw's prompts and the guard's step counts."""
-        judges = {HELDOUT: self._heldout.score, **{name: reward.score for name, reward in self._rewards.items()}}
         total = len(self._draw.prompts)
         share = self._processes.share(total)
         prompts = self._draw.prompts[share]
-        scores: dict[str, list[torch.Tensor]] = {name: [] for name in judges}
+        scores: dict[str, list[torch.Tensor]] = {name: [] for name in self._rewards.rewards}
         for num_steps in self._config.steps:
             with quiet(), job.context.roles.use(job.stage.exports):
                 latents = sample(
@@ -90,12 +88,12 @@ class HeldOutGuard:
                     batch_size=self._batch_size,
                 )
             images = decode(self._teacher.pipeline, latents, self._batch_size).to(self._teacher.device)
-            for name, score in judges.items():
-                chunks = range(0, len(prompts), self._batch_size)
-                parts = [score(images[i : i + self._batch_size], prompts[i : i + self._batch_size]) for i in chunks]
-                scores[name].append(self._processes.join(torch.cat(parts), total))
+            chunks = [slice(start, start + self._batch_size) for start in range(0, len(prompts), self._batch_size)]
+            parts = [self._rewards.scores(images[chunk], prompts[chunk]) for chunk in chunks]
+            for name, seen in scores.items():
+                seen.append(self._processes.join(torch.cat([part[name] for part in parts]), total))
         means = {name: float(torch.stack(parts).double().mean()) for name, parts in scores.items()}
-        return {**means, "trained": sum(reward.weight * means[name] for name, reward in self._rewards.items())}
+        return {**means, "trained": sum(weight * means[name] for name, weight in self._weights.items())}
 
     def _write(self, folder: Path) -> None:
         if self._processes.is_main:

@@ -32,7 +32,6 @@ from hyper_sd.teachers import load_pipeline
 
 K = TypeVar("K", bound=Hashable)
 
-HELDOUT = "heldout"  # the name of what nothing is trained on, beside the rewards'
 NUM_GRID = 8  # prompts of the grids: the first of the first draw
 REFERENCE_SEED = 0xF1D  # of the renders that features are compared with
 _REPEAT = 1 << 22  # tells the seeds of repeated prompts from those of draws

@@ -63,11 +63,15 @@ class Objective:
 
 @dataclass(frozen=True)
 class WeightedReward:
-    """`score(images, prompts)` answers (B,), higher is better, with a gradient to the images; its loss is weight relu(alpha - score)."""
+    """`score(images, prompts)` answers (B,), higher is better, with a gradient to the images; its loss is weight relu(alpha - score).
+
+    Where there is `embed`, `score` takes what it makes of the images instead; rewards that have the same one share its forward pass.
+    """
 
     score: Callable[[Tensor, Sequence[str]], Tensor]
     weight: float
     alpha: float
+    embed: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from hyper_sd.loop import check_checkpoint, fit
 from hyper_sd.lora_file import inspect_lora, read_lora
 from hyper_sd.measure import NUM_GRID, check_judge, make_draw
 from hyper_sd.merge import merge_role
-from hyper_sd.objective import Context, Feedback, Stage, WeightedReward
+from hyper_sd.objective import Context, Feedback, Stage
 from hyper_sd.observe import Recorder
 from hyper_sd.report import table
 from hyper_sd.report import write as write_report
-from hyper_sd.rewards import build_reward, check_reward, check_rewards
+from hyper_sd.rewards import Rewards, build_rewards, check_rewards
 from hyper_sd.rewards.segmenter import build_segmenter, check_segmenter
 from hyper_sd.rewards.tiny_decoder import check_tiny_decoder, load_tiny_decoder
 from hyper_sd.roles import LoraSpec, Roles
@@ -146,9 +146,7 @@ def _check_rewards(config: RunConfig, facts: TeacherFacts) -> None:
     for name, reward in config.rewards.items():
         if config.heldout is not None and (reward.kind, reward.path) == (config.heldout.kind, config.heldout.path):
             raise ValueError(f"heldout.kind={reward.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward")
-    check_rewards(config.rewards)
-    if config.heldout is not None:
-        check_reward(config.heldout, "heldout")
+    check_rewards(config.judges)
 
 
 def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
@@ -214,16 +212,16 @@ class Run:
         return Context(denoiser, roles, self._feedback)
 
     @cached_property
-    def rewards(self) -> dict[str, WeightedReward]:
-        """The models that stages are trained on."""
-        built = {name: build_reward(reward, self.engine.device, f"rewards.{name}") for name, reward in self.config.rewards.items()}
-        return {name: WeightedReward(built[name].score, reward.weight, reward.alpha) for name, reward in self.config.rewards.items()}
+    def rewards(self) -> Rewards:
+        """The models that stages are trained on, with what guards look at where there are some."""
+        guarded = any(self.config.stages[name].guard is not None for name in self.unfinished)
+        return build_rewards(self.config.judges if guarded else self.config.rewards, self.engine.device)
 
     @property
     def _feedback(self) -> Feedback | None:
         """What judges the images of the stages that are still to be trained; None if nothing does."""
         stages = [self.stages[name] for name in self.unfinished]
-        rewards = self.rewards if any(stage.uses_rewards for stage in stages) else {}
+        rewards = self.rewards.weighted(self.config.rewards) if any(stage.uses_rewards for stage in stages) else {}
         segment = None
         if self.config.segmenter is not None and any(stage.uses_instances for stage in stages):
             segment = build_segmenter(self.config.segmenter, self.source.categories, self.engine.device).loss
@@ -245,10 +243,9 @@ class Run:
     def _guard(self, name: str, plan: StagePlan) -> HeldOutGuard | None:
         if plan.guard is None:
             return None
-        assert self.config.heldout is not None, "checked with the plan"
-        heldout = build_reward(self.config.heldout, self.engine.device, "heldout")
+        weights = {name: reward.weight for name, reward in self.config.rewards.items()}
         draw = make_draw(self.config.eval, GUARD_DRAW, plan.guard.prompts, self.source)
-        return HeldOutGuard(plan.guard, self.config.eval, self.rewards, heldout, self.teacher, self.sampler(name), draw, self.engine)
+        return HeldOutGuard(plan.guard, self.config.eval, self.rewards, weights, self.teacher, self.sampler(name), draw, self.engine)
 
     @cached_property
     def stock_pipeline(self) -> Any:

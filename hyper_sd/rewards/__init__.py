@@ -1,14 +1,15 @@
 """Reward models by kind. A new kind is a new file, and a case in `_check` and in `_build`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hyper_sd.config import FilesConfig, RewardConfig
+from hyper_sd.config import HELDOUT, FilesConfig, RewardConfig
 from hyper_sd.paths import asset_dir
 from hyper_sd.rewards.base import Reward, Rewards, TowerReward
-from hyper_sd.rewards.weights import check, check_clip
+from hyper_sd.rewards.weights import check, check_clip, find
 
 __all__ = ["Reward", "Rewards", "TowerReward", "build_reward", "build_rewards", "check_reward", "check_rewards"]
 
@@ -19,17 +20,17 @@ def build_reward(config: RewardConfig, device: torch.device, key: str = "reward"
     return _build(config, device, key, _towers(device))
 
 
-def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device, key: str = "rewards") -> Rewards:
+def build_rewards(configs: Mapping[str, RewardConfig], device: torch.device) -> Rewards:
     """Several by name; those on the same CLIP files share one model. Everything that can be refused is refused before weights load."""
-    check_rewards(configs, key)
+    check_rewards(configs)
     towers = _towers(device)
-    return Rewards({name: _build(config, device, f"{key}.{name}", towers) for name, config in configs.items()})
+    return Rewards({name: _build(config, device, _key(name), towers) for name, config in configs.items()})
 
 
-def check_rewards(configs: Mapping[str, RewardConfig], key: str = "rewards") -> None:
+def check_rewards(configs: Mapping[str, RewardConfig]) -> None:
     """`check_reward` of several by name."""
     for name, config in configs.items():
-        check_reward(config, f"{key}.{name}")
+        check_reward(config, _key(name))
 
 
 def check_reward(config: RewardConfig, key: str = "reward") -> None:
@@ -43,6 +44,13 @@ def check_reward(config: RewardConfig, key: str = "reward") -> None:
         case "hps_v2" | "image_reward":
             check(_base(config, key), f"{key}.base")
             check(config, key)
+        case "embedded" | "embedded_heldout":
+            check(_embedded(config), key)
+
+
+def _key(name: str) -> str:
+    """Where a run's configuration has the reward of this name."""
+    return name if name == HELDOUT else f"rewards.{name}"
 
 
 def _build(config: RewardConfig, device: torch.device, key: str, towers: Callable[[FilesConfig, str], Any]) -> Reward:
@@ -70,7 +78,7 @@ def _build(config: RewardConfig, device: torch.device, key: str, towers: Callabl
         case "embedded" | "embedded_heldout":
             from hyper_sd.rewards.embedded import load_reward
 
-            return load_reward(config.kind, asset_dir("reward")).to(device)
+            return load_reward(config.kind, find(_embedded(config), key), key).to(device)
 
 
 def _towers(device: torch.device) -> Callable[[FilesConfig, str], Any]:
@@ -85,6 +93,12 @@ def _towers(device: torch.device) -> Callable[[FilesConfig, str], Any]:
         return loaded[files]
 
     return tower
+
+
+def _embedded(config: RewardConfig) -> FilesConfig:
+    """The file in a directory, or the one that comes with the package."""
+    folder = asset_dir("reward") if config.path is None else config.path
+    return replace(config.files, path=str(folder), file=f"{config.kind}.safetensors")
 
 
 def _base(config: RewardConfig, key: str) -> FilesConfig:

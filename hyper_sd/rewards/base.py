@@ -7,11 +7,15 @@ reach the pixels.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from hyper_sd.config import RewardConfig
+from hyper_sd.objective import WeightedReward
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -65,6 +69,16 @@ class Rewards:
                 scores[name] = reward.score(images, prompts)
         return scores
 
+    def weighted(self, configs: Mapping[str, RewardConfig]) -> dict[str, WeightedReward]:
+        """Those named in `configs`, as terms of a stage's loss."""
+        return {name: _weighted(self.rewards[name], config) for name, config in configs.items()}
+
+
+def _weighted(reward: Reward, config: RewardConfig) -> WeightedReward:
+    if isinstance(reward, TowerReward):
+        return WeightedReward(reward.score_embedded, config.weight, config.alpha, embed=reward.tower.embed)
+    return WeightedReward(reward.score, config.weight, config.alpha)
+
 
 def crop(images: Tensor, side: int) -> Tensor:
     """Resize so that the shorter side is `side`, and crop the centre: (B, 3, side, side), as the processor of CLIP does."""
@@ -98,5 +112,12 @@ def saturate(images: Tensor) -> Tensor:
 
 def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """(images - mean) / std of each channel."""
-    mean_and_std = torch.tensor([mean, std], device=images.device, dtype=images.dtype)[:, :, None, None]
+    mean_and_std = _on_device(tuple(mean), tuple(std), images.device, images.dtype)
     return (images - mean_and_std[0]) / mean_and_std[1]
+
+
+@cache
+@torch.inference_mode(False)  # or what an evaluation asked for first could not be trained through
+def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(2, 3, 1, 1): copied to a GPU once, since each copy waits for the work queued there."""
+    return torch.tensor([mean, std], device=device, dtype=dtype)[:, :, None, None]

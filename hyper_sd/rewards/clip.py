@@ -9,6 +9,7 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from hyper_sd.config import FilesConfig
+from hyper_sd.randomness import send
 from hyper_sd.rewards.base import crop, normalise
 from hyper_sd.rewards.weights import find, is_directory, load_model, read
 
@@ -32,7 +33,8 @@ class ClipTower:
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Unit vectors (B, D); tokens beyond the model's 77 are cut off. Padding changes nothing, since the text model is causal."""
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
-        features = self.model.get_text_features(**tokens.to(self.model.device)).pooler_output
+        sent = {name: send(value, self.model.logit_scale) for name, value in tokens.items()}
+        features = self.model.get_text_features(**sent).pooler_output
         return functional.normalize(features, dim=1)
 
     def cosines(self, embedded: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hyper_sd.data.scenes import BACKGROUNDS, COLORS, IMAGE_SIZE, PLACES, SHAPES, SIZES
+from hyper_sd.randomness import send
+from hyper_sd.rewards.weights import load_module, read
 
 EmbeddedKind = Literal["embedded", "embedded_heldout"]
 MAX_WORDS = 24
@@ -51,7 +53,7 @@ class EmbeddedReward(nn.Module):
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """The cosine (B,) of each image and its prompt; gradients flow to the images."""
         with torch.no_grad():
-            texts = self.embed_words(words(prompts).to(images.device))
+            texts = self.embed_words(send(words(prompts), images))
         return (self.embed_images(images.float()) * texts).sum(1)
 
 
@@ -62,11 +64,9 @@ def new_reward(kind: EmbeddedKind) -> EmbeddedReward:
     return EmbeddedReward(_DepthwiseTower(dim=96), _RecurrentTower(dim=96))
 
 
-def load_reward(kind: EmbeddedKind, path: Path) -> EmbeddedReward:
-    """The shipped weights in `path`/<kind>.safetensors, frozen."""
-    reward = new_reward(kind)
-    reward.load_state_dict({name: value.float() for name, value in load_file(path / f"{kind}.safetensors").items()})
-    return reward.eval().requires_grad_(False)
+def load_reward(kind: EmbeddedKind, file: Path, key: str) -> EmbeddedReward:
+    """The reward with the weights in a file, frozen."""
+    return load_module(new_reward(kind), read(file, key), key)
 
 
 def save_reward(reward: EmbeddedReward, kind: EmbeddedKind, path: Path) -> None:

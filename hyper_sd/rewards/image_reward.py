@@ -21,6 +21,7 @@ from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from hyper_sd.config import FilesConfig, RewardConfig
+from hyper_sd.randomness import send
 from hyper_sd.rewards.base import crop, normalise
 from hyper_sd.rewards.head import load_head
 from hyper_sd.rewards.weights import Tensors, find, load_model, read, rename
@@ -49,8 +50,8 @@ class ImageReward:
         pixels = normalise(crop(images.float(), self._vision.config.image_size))
         patches = self._vision(pixel_values=pixels).last_hidden_state
         tokens = self._tokenizer(list(prompts), padding="max_length", truncation=True, max_length=_MAX_TOKENS, return_tensors="pt")
-        tokens = tokens.to(images.device)
-        hidden = self._text(tokens.input_ids, attention_mask=tokens.attention_mask, encoder_hidden_states=patches).last_hidden_state
+        numbers, mask = send(tokens.input_ids, images), send(tokens.attention_mask, images)
+        hidden = self._text(numbers, attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
         return (self._head(hidden[:, 0]).squeeze(1) - _MEAN) / _STD
 
 

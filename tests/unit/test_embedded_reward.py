@@ -1,20 +1,23 @@
 """The shipped rewards on scenes that they were not trained on."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from hyper_sd.cli import compose
-from hyper_sd.config import run_config
+from hyper_sd.config import RewardConfig, run_config
 from hyper_sd.data.scenes import captions, render, sample_scenes
 from hyper_sd.paths import asset_dir
 from hyper_sd.rewards import build_reward
-from hyper_sd.rewards.embedded import EmbeddedKind, EmbeddedReward, words
+from hyper_sd.rewards.embedded import EmbeddedKind, EmbeddedReward, new_reward, save_reward, words
 from tools.embedded_reward.training import change_one, spoil
 
+CPU = torch.device("cpu")
 KINDS: tuple[EmbeddedKind, ...] = ("embedded", "embedded_heldout")
 SCENES = sample_scenes(7, np.arange(96))
 PROMPTS, RENDERS = captions(SCENES), render(SCENES)
@@ -65,12 +68,26 @@ def test_any_size_and_any_words(reward: EmbeddedReward) -> None:
 
 
 def test_the_two_share_no_weight_with_each_other_or_the_judge_and_fit_the_budget() -> None:
-    from safetensors.torch import load_file
-
     files = [asset_dir("reward") / f"{kind}.safetensors" for kind in KINDS] + [asset_dir("judge") / "judge.safetensors"]
     tensors = [{value.numpy().tobytes() for value in load_file(file).values() if value.numel() > 256} for file in files]
     assert not (tensors[0] & tensors[1] | tensors[0] & tensors[2] | tensors[1] & tensors[2])
     assert sum(file.stat().st_size for file in files[:2]) < 3e6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_directory_has_another_model(kind: EmbeddedKind, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    other = new_reward(kind)
+    save_reward(other, kind, tmp_path)
+    config = RewardConfig(kind=kind, path=str(tmp_path), alpha=1.0)
+    torch.testing.assert_close(build_reward(config, CPU).score(RENDERS, PROMPTS), other.score(RENDERS, PROMPTS), rtol=0, atol=0.01)
+    file = tmp_path / f"{kind}.safetensors"
+    save_file({"other": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"reward\.file: these are not the weights of this EmbeddedReward"):
+        build_reward(config, CPU)
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"reward\.path=\S+ holds no {kind}\.safetensors"):
+        build_reward(config, CPU)
 
 
 @pytest.mark.parametrize("kind", KINDS)

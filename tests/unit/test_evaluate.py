@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hyper_sd.cli import compose
 from hyper_sd.commands import DiversityConfig, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
-from hyper_sd.evaluate import Evaluation, _best, evaluate, evaluate_again, evaluate_lora, read_run
+from hyper_sd.evaluate import Evaluation, _best, evaluate, evaluate_again, evaluate_lora, evaluate_run, read_run
 from hyper_sd.measure import Evaluator, Job, Row, make_draw
 from hyper_sd.metrics import Jackknifed
 from hyper_sd.processes import Processes
@@ -266,6 +266,17 @@ def test_a_run_is_evaluated_again_and_its_adapter_told_how_to_be_sampled(tmp_pat
     assert list(read_recipe(run / "tscd_2" / "lora.safetensors", fingerprint)) == [2]
     after = load_file(run / "lora.safetensors")
     assert after.keys() == weights.keys() and all(torch.equal(after[name], weights[name]) for name in weights)
+
+
+def test_a_run_is_compared_with_what_it_started_from(tmp_path: Path, teacher: TeacherConfig, files: dict[str, Path]):
+    run = read_run(write_run(tmp_path / "run", teacher, {"tscd_1": files["tscd_1"]}))
+    plain = tmp_path / "plain.safetensors"  # does not say how it is sampled
+    save_file(load_file(files["tscd_2"]), plain)
+    run = replace(run, run=replace(run.run, dir=str(tmp_path / "run")), eval=settings(prompts=2), rewards={}, heldout=None)
+    wanted = {files["tscd_2"]: {"init": ["2"]}, plain: {}, tmp_path / "gone": {}}
+    for file, first in wanted.items():
+        report = evaluate_run(replace(run, init=str(file)), Processes(1), Captions()).to_json()
+        assert {name: list(rows) for name, rows in report["stages"].items()} == first | {"tscd_1": list(map(str, STEP_COUNTS))}
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path):

@@ -2,26 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
 
 from hyper_sd.checkpoint import latest_checkpoint
 from hyper_sd.cli import compose
-from hyper_sd.config import RewardConfig, run_config
+from hyper_sd.config import run_config
 from hyper_sd.guard import falls
 from hyper_sd.plan import check_plan
 from hyper_sd.teachers import inspect_teacher
+from tests.released import write_reward
 from tests.runs import adapters, assert_same, train
 from tests.tiny import tiny_sd15
 
 HACKED = (
     "only=[refl]",
     "data.batch_size=8",
-    "rewards.embedded.alpha=5",
     "stages.refl.max_steps=8",
     "stages.refl.rollout=[1]",
     "stages.refl.reference_weight=0",
@@ -30,23 +29,31 @@ HACKED = (
 )
 
 
-class Brightness:
-    """How bright an image is, or how dark; the two cannot rise together."""
-
-    def __init__(self, sign: int):
-        self.sign = sign
-
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.sign * images.flatten(1).mean(1)
-
-
-def build(config: RewardConfig, device: torch.device, key: str) -> Brightness:
-    return Brightness(1 if config.kind == "embedded" else -1)
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_sd15(tmp_path_factory.mktemp("teacher"))
+
+
+@pytest.fixture(scope="module")
+def predictors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny aesthetic predictors on one CLIP model. `against` has its last layer turned round: it and `trained` cannot rise together."""
+    folder = tmp_path_factory.mktemp("predictors")
+    write_reward("aesthetic", folder)
+    head = torch.load(folder / "aesthetic.pt", weights_only=True)
+    for name, factor in (("trained", 1), ("against", -1), ("along", 2)):
+        (folder / name).mkdir()
+        turned = {key: factor * value if key.startswith("layers.7.") else value for key, value in head.items()}
+        save_file(turned, folder / name / "head.safetensors")
+    return folder
+
+
+def judged_by(predictors: Path, heldout: str) -> tuple[str, ...]:
+    """The run is trained on one predictor, and another is held out."""
+    base = f"{{path: {predictors / 'clip'}, file: model.safetensors}}"
+    files = [
+        f"{{kind: aesthetic, path: {predictors / name}, file: head.safetensors, base: {base}, alpha: 50}}" for name in ("trained", heldout)
+    ]
+    return ("~rewards.embedded", f"++rewards.mine={files[0]}", "~heldout", f"++heldout={files[1]}")
 
 
 def history(run_dir: Path) -> list[dict[str, float]]:
@@ -66,10 +73,10 @@ def test_only_falls_in_a_row_while_the_trained_rewards_rise_count() -> None:
 
 @pytest.mark.slow
 def test_a_run_that_hacks_its_reward_is_stopped_and_hands_on_the_best(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    teacher: Path, predictors: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("hyper_sd.plan.build_reward", build)
-    run_dir = train(teacher, tmp_path / "run", *HACKED)
+    hacked = (*HACKED, *judged_by(predictors, "against"))
+    run_dir = train(teacher, tmp_path / "run", *hacked)
     seen = history(run_dir)
     assert [row["step"] for row in seen] == [0, 1, 2] and falls(seen) == 2
     assert "refl: ended at step 2: the held-out reward fell 2 times in a row" in capsys.readouterr().out
@@ -77,19 +84,19 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_hands_on_the_best(
     assert [row["step"] for row in rows if "samples_per_s" in row] == [2]  # its last steps are logged
     student = adapters(run_dir)
     assert all(not value.any() for name, value in student.items() if "lora_up" in name)  # best before the first step: nothing was learnt
-    watched = train(teacher, tmp_path / "watched", *HACKED, "stages.refl.guard.patience=null", "stages.refl.guard.keep=last")
+    watched = train(teacher, tmp_path / "watched", *hacked, "stages.refl.guard.patience=null", "stages.refl.guard.keep=last")
     assert history(watched)[:3] == seen and len(history(watched)) == 9
-    unguarded = train(teacher, tmp_path / "unguarded", *HACKED, "stages.refl.guard=null")
+    unguarded = train(teacher, tmp_path / "unguarded", *hacked, "stages.refl.guard=null")
     assert any(value.any() for name, value in adapters(unguarded).items() if "lora_up" in name)
     assert_same(adapters(watched), adapters(unguarded))
 
 
 @pytest.mark.slow
 def test_what_the_heldout_reward_likes_goes_on_and_a_continued_run_is_the_straight_one(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Path, predictors: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("hyper_sd.plan.build_reward", lambda config, device, key: Brightness(1))
-    straight = train(teacher, tmp_path / "run", *HACKED)
+    hacked = (*HACKED, *judged_by(predictors, "along"))
+    straight = train(teacher, tmp_path / "run", *hacked)
     seen = history(straight)
     assert len(seen) == 9 and max(seen, key=lambda row: row["heldout"])["step"] == 8
     checkpoint = latest_checkpoint(straight / "refl" / "checkpoints")
@@ -99,7 +106,7 @@ def test_what_the_heldout_reward_likes_goes_on_and_a_continued_run_is_the_straig
     shutil.rmtree(newest)  # the one before it is of two steps earlier
     for path in (straight / "refl" / "lora.safetensors", straight / "lora.safetensors"):
         path.unlink()
-    train(teacher, straight, *HACKED, "resume=auto")
+    train(teacher, straight, *hacked, "resume=auto")
     assert history(straight) == seen
     assert_same(before, adapters(straight))
 

@@ -18,11 +18,14 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hyper_sd.config import FilesConfig, RewardConfig
+from hyper_sd.objective import Context, Feedback, Loss, WeightedReward
 from hyper_sd.rewards import build_reward, build_rewards, check_rewards
 from hyper_sd.rewards.base import CLIP_MEAN, CLIP_STD, Reward, crop, normalise, pad
 from hyper_sd.rewards.head import new_head
 from hyper_sd.rewards.hps_v2 import config_of, from_open_clip
 from hyper_sd.rewards.image_reward import configs_of, split_blip
+from hyper_sd.stages.feedback import reward_loss
+from tests.networks import tiny_batch, tiny_denoiser
 from tests.released import KINDS, layout, write_clip, write_reward
 
 CPU = torch.device("cpu")
@@ -248,6 +251,47 @@ def test_rewards_on_one_tower_share_its_forward_pass(configs: dict[str, RewardCo
     assert (list(scores), len(calls)) == (list(both), 1)
     for name, config in both.items():
         torch.testing.assert_close(scores[name], build_reward(config, CPU).score(smooth_images(), PROMPTS))
+
+
+@pytest.mark.parametrize("slice", [3, 2])
+def test_rewards_on_one_tower_share_its_forward_pass_in_training(configs: dict[str, RewardConfig], tmp_path: Path, slice: int) -> None:
+    """A forward for each decoded slice, whatever rewards hang on the tower; loss, gradient and logs are those of each reward alone."""
+    clip = write_clip(tmp_path)
+    both = {
+        "clip_score": replace(configs["clip_score"], path=clip.path, alpha=90.0, weight=0.3),
+        "image_reward": replace(configs["image_reward"], alpha=9.0),
+        "aesthetic": replace(configs["aesthetic"], base=clip, alpha=9.0, weight=2.0),
+    }
+    together = build_rewards(both, CPU)
+    batch = replace(tiny_batch(range(3)), prompts=PROMPTS)
+
+    def loss(rewards: dict[str, WeightedReward]) -> tuple[Loss, Tensor]:
+        x0 = smooth_images().requires_grad_()
+        ctx = Context(denoiser, denoiser.roles, Feedback(lambda latents: 0.9 * latents, rewards, slice))
+        found = reward_loss(ctx, x0, batch)
+        return found, torch.autograd.grad(found.value, x0)[0]
+
+    denoiser = tiny_denoiser(("student",))
+    alone = [loss(build_rewards({name: config}, CPU).weighted({name: config})) for name, config in both.items()]
+    calls: list[int] = []
+    tower: Any = together.rewards["aesthetic"]
+    tower.tower.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    shared, gradient = loss(together.weighted(both))
+    assert len(calls) == -(-3 // slice)
+    torch.testing.assert_close(shared.value, sum(found.value for found, _ in alone))
+    torch.testing.assert_close(gradient, sum(part for _, part in alone))
+    for found, _ in alone:
+        for name, log in found.logs.items():
+            torch.testing.assert_close(shared.logs[name], log)
+    assert all(shared.logs[f"grad_{name}"] > 0 for name in both)
+
+
+def test_constants_that_an_evaluation_made_can_be_trained_through() -> None:
+    images, mean = smooth_images(), (0.123, 0.4, 0.5)  # no other test's
+    with torch.inference_mode():
+        normalise(images, mean)
+    (gradient,) = torch.autograd.grad(normalise(images.requires_grad_(), mean).sum(), images)
+    torch.testing.assert_close(gradient, (1 / torch.tensor(CLIP_STD))[None, :, None, None].expand_as(images))
 
 
 @pytest.mark.parametrize("kind", ["hps_v2", "aesthetic", "image_reward"])

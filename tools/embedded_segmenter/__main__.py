@@ -19,7 +19,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     save(train(args.workdir), args.out)
-    facts = measure()
+    facts = measure(args.out)
     (args.out / "segmenter.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2), flush=True)
 

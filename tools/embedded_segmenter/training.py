@@ -14,7 +14,7 @@ from hyper_sd.config import SegmenterConfig
 from hyper_sd.data.scenes import IMAGE_SIZE, SHAPES, render, sample_scenes
 from hyper_sd.data.scenes_data import scene_instances
 from hyper_sd.randomness import fold, generator
-from hyper_sd.rewards.segmenter import EMBEDDED, build_segmenter
+from hyper_sd.rewards.segmenter import build_segmenter
 from tools.embedded_reward.training import grain, spoil
 from tools.embedded_teacher.trainer import Plan, fit
 
@@ -93,10 +93,10 @@ def save(model: Mask2FormerForUniversalSegmentation, path: Path) -> None:
 
 
 @torch.no_grad()
-def measure(num: int = 500, recipe: Recipe = Recipe()) -> dict[str, float]:
-    """The shipped model's mean loss on scenes it was not trained on: of their renders, of those spoilt, and of another scene's."""
+def measure(path: Path, num: int = 500, recipe: Recipe = Recipe()) -> dict[str, float]:
+    """The saved model's mean loss on scenes it was not trained on: of their renders, of those spoilt, and of another scene's."""
     scenes = sample_scenes(recipe.seed + 1, np.arange(num))
-    segmenter = build_segmenter(SegmenterConfig(path=EMBEDDED, file="model.safetensors"), SHAPES, torch.device("cpu"))
+    segmenter = build_segmenter(SegmenterConfig(path=str(path), file="model.safetensors"), SHAPES, torch.device("cpu"))
     images, objects = render(scenes), scene_instances(scenes, IMAGE_SIZE)
     others = {"spoilt": spoil(images, generator(recipe.seed)), "other_scene": images.roll(1, 0)}
     losses = {name: segmenter.loss(other, objects) for name, other in {"renders": images, **others}.items()}
