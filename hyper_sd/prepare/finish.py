@@ -1,6 +1,7 @@
 """The end of preparing: one index over all parts, dataset.json, what was dropped, a contact sheet."""
 
 import hashlib
+import io
 import json
 import shutil
 import textwrap
@@ -20,7 +21,7 @@ from hyper_sd.data.bad import FEWEST
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import FORMAT, INDEX, MANIFEST, CacheSource, Manifest, probe
 from hyper_sd.files import replace_file, write_json
-from hyper_sd.prepare.shards import PARTS, Part, finished
+from hyper_sd.prepare.shards import PARTS, Part, finished, writing
 from hyper_sd.teachers import Teacher
 
 DROPPED, SHEET = "dropped.jsonl", "contact_sheet.png"
@@ -58,7 +59,8 @@ def finish(cfg: PrepareConfig, settings: dict[str, Any], teacher: Teacher, num_u
         "settings": settings,
         "probe": probe(teacher, cfg.embeddings),
     }
-    seal(out, parts, made, unique=cfg.filters.unique_captions)
+    with writing(out):
+        seal(out, parts, made, unique=cfg.filters.unique_captions)
 
 
 def seal(out: Path, parts: list[Part], made: dict[str, Any], *, unique: bool = False) -> None:
@@ -141,5 +143,7 @@ def contact_sheet(out: Path, teacher: Teacher, num: int) -> Path | None:
         sheet.paste(picture, (left, top))
         text = "\n".join(textwrap.wrap(row.caption, 34)[:_LINES])
         canvas.multiline_text((left + 2, top + _THUMBNAIL + 2), text, fill="black", font=font, spacing=1)
-    sheet.save(out / SHEET)
+    sheet.save(file := io.BytesIO(), "PNG")
+    with writing(out):
+        replace_file(out / SHEET, file.getvalue())
     return out / SHEET

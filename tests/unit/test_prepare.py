@@ -325,6 +325,23 @@ def test_a_full_disk_is_one_error_and_going_on_works(sd15: Path, tmp_path: Path,
     assert made(sd15, out, processes, *options).num_samples == 8
 
 
+@pytest.mark.parametrize("file", ["dropped.jsonl", "contact_sheet.png"])
+def test_a_disk_that_is_full_at_the_end_is_the_same_error(file: str, sd15: Path, tmp_path: Path, processes: Processes) -> None:
+    folder, out = numbered(tmp_path / "photos", 4), tmp_path / "cache"
+    for number in range(90 if file == "dropped.jsonl" else 0):
+        (folder / f"{number:03}x.png").write_bytes(b"")
+    options = (f"data.path={folder}", "sheet=4", "shard_size=5", "data.max_bad_fraction=1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"out=.*cache cannot be written: .*the same command goes on"):
+            made(sd15, out, processes, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (out / file).exists() and (out / "00000-00000.tar").exists() and not list(out.glob(".*partial"))
+    assert made(sd15, out, processes, *options).num_samples == 4 and (out / "contact_sheet.png").exists()
+
+
 def test_what_is_refused(sd15: Path, sdxl: Path, tmp_path: Path, processes: Processes) -> None:
     import datasets
 
