@@ -79,7 +79,7 @@ def _beside(file: Path, column: str) -> Entry | BadSample:
 
 
 def _listed(root: Path, table: Path, column: str) -> Iterator[Entry | BadSample]:
-    for number, row in enumerate(rows(table), start=1):
+    for number, row in enumerate(rows(table, column, "file_name"), start=1):
         if isinstance(row, BadSample):
             yield row
             continue

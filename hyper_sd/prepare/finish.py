@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from hyper_sd.commands import PrepareConfig
+from hyper_sd.data import storage
 from hyper_sd.data.bad import FEWEST
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import FORMAT, INDEX, MANIFEST, CacheSource, Manifest, probe
@@ -72,6 +73,8 @@ def seal(out: Path, parts: list[Part], made: dict[str, Any], *, unique: bool = F
     if index is None:
         raise ValueError(f"out={out}: no sample is left of {sum(part.read for part in parts)}: {reasons}; see {out / DROPPED}")
     data = safetensors.numpy.save(index)
+    shards = [part.shard for part in parts if part.shard is not None]
+    counts = np.bincount(index["shard"], minlength=len(shards)).tolist()  # fewer than their parts kept, where captions came again
     sizes = Counter(f"{width}x{height}" for height, width in zip(index["height"].tolist(), index["width"].tolist(), strict=True))
     manifest = Manifest(
         format=FORMAT,
@@ -79,7 +82,7 @@ def seal(out: Path, parts: list[Part], made: dict[str, Any], *, unique: bool = F
         num_read=sum(part.read for part in parts),
         dropped=reasons,
         buckets=dict(sizes.most_common()),
-        shards=[part.shard | {"num_samples": part.kept} for part in parts if part.shard is not None],
+        shards=[shard | {"num_samples": count} for shard, count in zip(shards, counts, strict=True)],
         index_sha256=hashlib.sha256(data).hexdigest(),
         **made,
     )
@@ -100,10 +103,10 @@ def _merge(out: Path, parts: list[Part], *, unique: bool) -> tuple[dict[str, np.
         return index, []
     kept = np.zeros(len(captions), dtype=bool)
     kept[np.unique(captions, return_index=True)[1]] = True
-    again = [
-        BadSample(f"sample at byte {index['offset'][row]} of {parts[index['shard'][row]].name}.tar", "filter: unique_captions")
-        for row in np.flatnonzero(~kept)
-    ]
+    again = []
+    for row in np.flatnonzero(~kept):
+        info = storage.read(str(out / f"{parts[index['shard'][row]].name}.tar"), int(index["offset"][row]), int(index["split"][row]))
+        again.append(BadSample(json.loads(info)["name"], "filter: unique_captions"))
     return {name: column[kept] for name, column in index.items()}, again
 
 

@@ -221,6 +221,9 @@ def test_captions_that_come_again_are_dropped_across_units_and_parts(sd15: Path,
     for number in range(12):
         (folder / f"{number:03}.txt").write_text(f"number {number % 5}")
     manifest = made(sd15, out, processes, f"data.path={folder}", "filters.unique_captions=true", "shard_size=4", "sheet=0")
+    assert [shard["num_samples"] for shard in manifest.shards] == [4, 1, 0] and manifest.num_samples == 5
+    listed = [json.loads(line)["name"] for line in (out / "dropped.jsonl").read_text().splitlines()]
+    assert sorted(listed) == [str(folder / f"{number:03}.png") for number in range(5, 12)]
     assert manifest.dropped == {"filter: unique_captions": 7} and latents_of(out).keys() == {f"number {n}" for n in range(5)}
     data = build_source(DataConfig(kind="cache", path=str(out), batch_size=5), seed=0, image_size=32)
     assert len(set(data.batch(range(5)).captions)) == 5
