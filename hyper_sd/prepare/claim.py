@@ -44,7 +44,7 @@ def claimed(out: Path, settings: dict[str, Any], processes: Processes) -> Iterat
 def identity(cfg: PrepareConfig, parts: list[Unit]) -> dict[str, Any]:
     """What decides the content of the cache; to go on with other values, or with files added, would mix two caches."""
     values = asdict(cfg)
-    names = ("kind", "path", "caption_column", "image_column", "split", "subset", "revision", "streaming")
+    names = ("kind", "path", "caption_column", "image_column", "min_side", "split", "subset", "revision", "streaming")
     data = {name: values["data"][name] for name in names}
     if cfg.data.kind == "prompts":
         data["teacher_steps"] = cfg.data.teacher_steps

@@ -328,6 +328,18 @@ def test_a_full_disk_is_one_error_and_going_on_works(sd15: Path, tmp_path: Path,
     assert made(sd15, out, processes, *options).num_samples == 8
 
 
+def test_what_the_dtype_cannot_hold_is_dropped(sd15: Path, tmp_path: Path, processes: Processes) -> None:
+    teacher, folder = tmp_path / "teacher", numbered(tmp_path / "photos", 3)
+    shutil.copytree(sd15, teacher)
+    config = json.loads((teacher / "vae" / "config.json").read_text())
+    (teacher / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1e9}))
+    with pytest.raises(ValueError, match=r"no sample is left of 3: {'not finite': 3}"):
+        made(teacher, tmp_path / "cache", processes, f"data.path={folder}", "sheet=0")
+    listed = [json.loads(line) for line in (tmp_path / "cache" / "dropped.jsonl").read_text().splitlines()]
+    assert [Path(sample["name"]).name for sample in listed] == ["000.png", "001.png", "002.png"]
+    assert made(teacher, tmp_path / "fp32", processes, f"data.path={folder}", "sheet=0", "dtype=fp32").num_samples == 3
+
+
 @pytest.mark.parametrize("file", ["dropped.jsonl", "contact_sheet.png"])
 def test_a_disk_that_is_full_at_the_end_is_the_same_error(file: str, sd15: Path, tmp_path: Path, processes: Processes) -> None:
     folder, out = numbered(tmp_path / "photos", 4), tmp_path / "cache"
