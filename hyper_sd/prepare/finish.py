@@ -15,6 +15,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from hyper_sd.commands import PrepareConfig
 from hyper_sd.data import storage
@@ -26,7 +27,7 @@ from hyper_sd.prepare.shards import PARTS, Part, finished, writing
 from hyper_sd.teachers import Teacher
 
 DROPPED, SHEET = "dropped.jsonl", "contact_sheet.png"
-_THUMBNAIL, _LINES, _COLUMNS = 192, 3, 6
+_CELL, _GAP, _LINES, _COLUMNS = 192, 6, 3, 6  # pixels, lines of text
 
 
 def is_rejection(reason: str) -> bool:
@@ -114,7 +115,8 @@ def summary(out: Path, manifest: Manifest, seconds: float, sheet: Path | None) -
     """What a user wants to know at the end."""
     total, kept = manifest.num_read, manifest.num_samples
     megabytes = sum(shard["bytes"] for shard in manifest.shards) / 1e6
-    lines = [f"{out}: kept {kept} of {total} ({kept / total:.1%}) in {len(manifest.shards)} shards, {megabytes:.1f} MB, {seconds:.0f} s"]
+    shards = f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}"
+    lines = [f"{out}: kept {kept} of {total} ({kept / total:.1%}) in {shards}, {megabytes:.1f} MB, {seconds:.0f} s"]
     lines += [f"  dropped {count:>8}  {reason}" for reason, count in manifest.dropped.items()]
     lines += [f"  bucket  {count:>8}  {size}" for size, count in manifest.buckets.items()]
     if manifest.dropped:
@@ -133,20 +135,23 @@ def contact_sheet(out: Path, teacher: Teacher, num: int) -> Path | None:
     source = CacheSource(str(out), seed=0, batch_size=1)
     total = source.num_samples
     chosen = [number * total // min(num, total) for number in range(min(num, total))]
-    cell = _THUMBNAIL + 12 * _LINES + 8
-    sheet = Image.new("RGB", (_COLUMNS * _THUMBNAIL, -(-len(chosen) // _COLUMNS) * cell), "white")
+    rows = [source.row(index) for index in chosen]
+    pictures = [_thumbnail(teacher.decode(row.latent[None])[0]) for row in rows]
+    height = max(picture.height for picture in pictures) + 13 * _LINES + 2 * _GAP
+    sheet = Image.new("RGB", (_COLUMNS * _CELL, -(-len(chosen) // _COLUMNS) * height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for place, index in enumerate(chosen):
-        row = source.row(index)
-        pixels = (teacher.decode(row.latent[None])[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        picture = Image.fromarray(pixels)
-        scale = _THUMBNAIL / max(picture.size)
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-        left, top = place % _COLUMNS * _THUMBNAIL, place // _COLUMNS * cell
+    for place, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        left, top = place % _COLUMNS * _CELL + (_CELL - picture.width) // 2, place // _COLUMNS * height + _GAP
         sheet.paste(picture, (left, top))
-        text = "\n".join(textwrap.wrap(row.caption, 34)[:_LINES])
-        canvas.multiline_text((left + 2, top + _THUMBNAIL + 2), text, fill="black", font=font, spacing=1)
+        text = "\n".join(textwrap.wrap(row.caption, 32)[:_LINES])
+        canvas.multiline_text((place % _COLUMNS * _CELL + _GAP, top + picture.height + 2), text, fill="black", font=font, spacing=1)
     sheet.save(file := io.BytesIO(), "PNG")
     with writing(out):
         replace_file(out / SHEET, file.getvalue())
     return out / SHEET
+
+
+def _thumbnail(image: Tensor) -> Image.Image:
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    scale = (_CELL - 2 * _GAP) / max(picture.size)
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
