@@ -76,6 +76,7 @@ class DataConfig:
     num_workers: NonNegativeInt = 0
     prefetch: Count = 2
     max_bad_fraction: Annotated[float, Range(low=0, high=1)] = 0.01
+    min_side: NonNegativeInt = 0
     annotations: str | None = None
     captions: str | None = None
     caption_column: str = "text"

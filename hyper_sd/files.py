@@ -9,7 +9,7 @@ from typing import Any
 def replace_file(path: Path, content: bytes) -> None:
     """Write `content` under the name `path`; what was there before stays until the new file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # several processes may write it at once: whole, each of them
     try:
         partial.write_bytes(content)
         fsync(partial)
@@ -17,6 +17,12 @@ def replace_file(path: Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_partial(folder: Path) -> None:
+    """What processes that were killed have left in a directory that now only this process writes to."""
+    for file in folder.rglob(".*.partial"):
+        file.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -1,4 +1,4 @@
-"""Who is writing to a run's directory: one process at a time, over all hosts that share the disk."""
+"""Who is writing to a directory, of a run or a cache: one process at a time, over all hosts that share the disk."""
 
 import json
 import os
@@ -21,14 +21,15 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Lock:
-    """`<folder>/lock.json`, made by the one process that may write there.
+    """`<folder>/lock.json`, made by the one process that may write there; `key` is what names the folder.
 
     It is stale where its owner is gone: on the same machine if no process has the owner's id and start time; elsewhere, where
     process ids say nothing, if the file was not touched for STALE_S seconds by the clock of the file system itself.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, key: str = "run.dir"):
         self._file = folder / LOCK
+        self._key = key
         self._released = threading.Event()
         self._mine = ""
 
@@ -37,7 +38,7 @@ class Lock:
         text = self._read()
         if text is not None and (why := self._alive(text)) is not None:
             raise ValueError(
-                f"run.dir={self._file.parent} is in use by {_describe(text)}: {why}; wait for that run, end it, or set another run.dir"
+                f"{self._key}={self._file.parent} is in use by {_describe(text)}: {why}; wait for it, end it, or set another {self._key}"
             )
 
     def take(self) -> None:
@@ -108,7 +109,7 @@ class Lock:
             try:
                 owner = self._read()
                 if owner is not None and owner != self._mine and not self._released.is_set():
-                    print(f"error: run.dir={self._file.parent} was taken over by {_describe(owner)}", file=sys.stderr, flush=True)
+                    print(f"error: {self._key}={self._file.parent} was taken over by {_describe(owner)}", file=sys.stderr, flush=True)
                     os._exit(1)  # this process was silent for so long that it counted as gone; a save would mix two runs
                 os.utime(self._file)
             except OSError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hyper_sd.config import RunConfig, StagePlan
+from hyper_sd.config import RewardConfig, RunConfig, StagePlan
 from hyper_sd.data import BadSamples, Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
@@ -37,7 +37,7 @@ from hyper_sd.stop import Stop
 from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, TeacherFacts, base_dtype, inspect_teacher, load_pipeline, load_teacher
 from hyper_sd.teachers.base import Clamp
-from hyper_sd.watchdog import LostProcess, Watchdog, is_of_a_connection
+from hyper_sd.watchdog import Watchdog, is_of_a_connection
 
 LORA = "lora.safetensors"
 _NEXT_SIGNAL_S = 10.0  # so much later than another process this one may be told to stop
@@ -83,8 +83,7 @@ def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
         with stop.caught():
             yield run
     except Exception as error:
-        if engine.is_main or isinstance(error, LostProcess):
-            run.note_failure(str(error))
+        run.note_failure(str(error))
         raise
     finally:
         folder.release()
@@ -144,9 +143,16 @@ def _check_rewards(config: RunConfig, facts: TeacherFacts) -> None:
     if config.decode.tiny is not None:
         check_tiny_decoder(config.decode.tiny, facts.image_size, facts.latent_shape, key="decode.tiny")
     for name, reward in config.rewards.items():
-        if config.heldout is not None and (reward.kind, reward.path) == (config.heldout.kind, config.heldout.path):
-            raise ValueError(f"heldout.kind={reward.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward")
+        if config.heldout is not None and _weights(reward) == _weights(config.heldout):
+            raise ValueError(
+                f"heldout.kind={config.heldout.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward"
+            )
     check_rewards(config.judges)
+
+
+def _weights(reward: RewardConfig) -> tuple[str | None, ...]:
+    """Equal for two that are the same file, under whatever kind; the embedded ones have theirs by their kind."""
+    return reward.path, reward.file or reward.kind
 
 
 def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
@@ -281,7 +287,7 @@ class Run:
             print(f"\nstopped by {reason}; {state}. {self.folder.path / 'run.json'} says what to type to go on", flush=True)
 
     def note_failure(self, message: str) -> None:
-        self.folder.write_status("failed", error=message, engine=self.engine.facts)
+        self.folder.note_failure(message, engine=self.engine.facts)
 
     def train(self, watchdog: Watchdog) -> bool:
         """Returns False if the run was told to stop before the last stage was finished."""

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from hyper_sd.config import RunConfig
-from hyper_sd.files import replace_file, write_json
+from hyper_sd.files import remove_partial, replace_file, write_json
 from hyper_sd.lock import LOCK, Lock
 from hyper_sd.resume import CONFIG, accepted_changes, config_to_yaml
 
@@ -22,9 +22,10 @@ _STATUS_EVERY_S = 5.0
 
 
 class RunFolder:
-    """Only the main process writes. Raises ValueError, before anything is written, for a directory that may not be used.
+    """Only the main process writes, but for the error that ends a run.
 
-    `base` is the teacher's fingerprint. Once the run has begun, a file that only informs and cannot be written is reported and left out.
+    Raises ValueError, before anything is written, for a directory that may not be used. `base` is the teacher's fingerprint. Once
+    the run has begun, a file that only informs and cannot be written is reported and left out.
     """
 
     def __init__(self, config: RunConfig, base: Mapping[str, str]):
@@ -48,6 +49,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.take()
+            remove_partial(self.path)
             replace_file(self.path / CONFIG, config_to_yaml(config).encode())
         except OSError as error:
             self.release()
@@ -84,6 +86,14 @@ class RunFolder:
         with self.informing("run.json"):
             write_json(self.path / "run.json", content)
         self._written = time.monotonic()
+
+    def note_failure(self, message: str, **facts: Any) -> None:
+        """What ended the run, from any process. The first to be noted stays: what the others then meet follows from it."""
+        noted = self._read_status()
+        if noted and noted["status"] != "failed":
+            rest = {name: value for name, value in noted.items() if name != "status"}
+            with self.informing("run.json"):
+                write_json(self.path / "run.json", {"status": "failed", "error": message, **rest, **facts})
 
     def keep_status(self, **facts: Any) -> None:
         """Refresh a running status, at most every few seconds."""

@@ -44,7 +44,7 @@ def _open_kind(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping
         case "folder":
             from hyper_sd.data.folder import FolderSource
 
-            return FolderSource(_path(cfg), seed, image_size, cfg.num_workers, cfg.caption_column)
+            return FolderSource(_path(cfg), seed, image_size, cfg.num_workers, cfg.caption_column, cfg.min_side)
         case "coco":
             from hyper_sd.data.coco import CocoSource
 
@@ -54,7 +54,7 @@ def _open_kind(cfg: DataConfig, seed: int, image_size: int, fingerprint: Mapping
         case "webdataset":
             from hyper_sd.data.webdataset import WebDatasetSource
 
-            return WebDatasetSource(_path(cfg), seed, image_size, cfg.num_workers, cfg.caption_column)
+            return WebDatasetSource(_path(cfg), seed, image_size, cfg.num_workers, cfg.caption_column, cfg.min_side)
         case "prompts":
             from hyper_sd.data.prompts import PromptsSource
 

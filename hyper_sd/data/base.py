@@ -61,7 +61,7 @@ class Samples:
 
     def pinned(self) -> "Samples":
         """The same in page-locked memory, from which a GPU copies while it computes."""
-        pin = {name: value.pin_memory() for name in ("images", "latents") if (value := getattr(self, name)) is not None}
+        pin = {name: value.pin_memory() for name in ("images", "latents", "sizes") if (value := getattr(self, name)) is not None}
         conds = None if self.conds is None else tuple(part.pin_memory() for part in self.conds)
         return replace(self, **pin, conds=conds)
 

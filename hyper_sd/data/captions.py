@@ -22,7 +22,9 @@ def from_json(data: bytes, name: str, column: str = "text") -> tuple[str, ...]:
         raise BadSampleError(name, "caption is not json", error) from error
     if not isinstance(row, dict):
         raise BadSampleError(name, "caption is not json", f"no object with a {column}")
-    return from_value(row.get(column), name)
+    if column not in row:
+        raise BadSampleError(name, NO_CAPTION, f"data.caption_column={column}, and the json has {', '.join(row)}")
+    return from_value(row[column], name)
 
 
 def from_value(value: Any, name: str) -> tuple[str, ...]:

@@ -26,14 +26,14 @@ class Entry:
 class FolderSource(SourceDefaults):
     """Images (jpg, jpeg, png, webp) in a directory and below it, each with its caption, at one square size."""
 
-    def __init__(self, path: str, seed: int, image_size: int, num_workers: int = 0, caption_column: str = "text"):
+    def __init__(self, path: str, seed: int, image_size: int, num_workers: int = 0, caption_column: str = "text", min_side: int = 0):
         found = list(entries(path, caption_column))
         self._entries = [entry for entry in found if isinstance(entry, Entry)]
         self.bad = [entry for entry in found if isinstance(entry, BadSample)]
         if not self._entries:
             raise ValueError(f"data.path={path}: no image has a caption (first: {self.bad[0]})")
         self.num_samples = len(self._entries)
-        self._seed, self._image_size = seed, image_size
+        self._seed, self._image_size, self._min_side = seed, image_size, min_side
         self._rows = Rows(EpochOrder(self.num_samples, seed), num_workers)
 
     def batch(self, positions: Sequence[int]) -> Samples:
@@ -44,7 +44,7 @@ class FolderSource(SourceDefaults):
 
     def _read(self, index: int, position: int) -> tuple[str, str, Placed]:
         entry = self._entries[index]
-        placed = place(decode(entry.file, str(entry.file)), self._image_size, self._image_size)
+        placed = place(decode(entry.file, str(entry.file), self._min_side), self._image_size, self._image_size)
         return str(entry.file), entry.captions[pick_caption(entry.captions, self._seed, position)], placed
 
 
@@ -80,7 +80,7 @@ def _beside(file: Path, column: str) -> Entry | BadSample:
 
 
 def _listed(root: Path, table: Path, column: str) -> Iterator[Entry | BadSample]:
-    for number, row in enumerate(rows(table), start=1):
+    for number, row in enumerate(rows(table, column, "file_name"), start=1):
         if isinstance(row, BadSample):
             yield row
             continue

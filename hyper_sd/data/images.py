@@ -44,15 +44,18 @@ class Placed:
         return torch.from_numpy(self.pixels.astype(np.float32) / 255).permute(2, 0, 1)
 
 
-def decode(file: Path | BinaryIO, name: str) -> Image.Image:
+def decode(file: Path | BinaryIO, name: str, min_side: int = 0) -> Image.Image:
     """The image upright by its EXIF orientation, in 8-bit RGB: of an animation the first frame, of transparency what is on white.
 
-    Raises BadSampleError if it is none, is cut, or has more than MAX_PIXELS, which are counted before any is decoded.
+    Raises BadSampleError if it is none, is cut, or has more than MAX_PIXELS or a side below min_side, which are told before any pixel
+    is decoded.
     """
     try:
         with Image.open(file, formats=_FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise BadSampleError(name, "too many pixels", f"{opened.width} x {opened.height}")
+            if min(opened.size) < min_side:
+                raise BadSampleError(name, "too small", f"{opened.width} x {opened.height}, data.min_side={min_side}")
             return _rgb(_upright(opened))
     except Image.DecompressionBombError as error:
         raise BadSampleError(name, "too many pixels", error) from error

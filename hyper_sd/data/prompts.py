@@ -37,7 +37,7 @@ def read_prompts(path: str, caption_column: str = "text") -> list[tuple[str, ...
     if not file.is_file():
         raise ValueError(f"data.path={path} is not a file; give a .txt with one prompt a line, or one of {', '.join(TABLES)}")
     if file.suffix != ".txt":
-        named = ((row, f"{file} row {number}") for number, row in enumerate(rows(file), start=1))
+        named = ((row, f"{file} row {number}") for number, row in enumerate(rows(file, caption_column), start=1))
         return [row if isinstance(row, BadSample) else _prompt(row.get(caption_column), name) for row, name in named]
     lines = ((line, f"{file} line {number}") for number, line in enumerate(file.read_bytes().splitlines(), start=1) if line.strip())
     return [_line(line, name) for line, name in lines]

@@ -98,15 +98,24 @@ def opened(address: str) -> Iterator[io.BufferedIOBase]:
 
 @contextmanager
 def local_copy(address: str) -> Iterator[str]:
-    """A local file with the content of the address, for as long as the context lasts."""
+    """A local file with the content of the address, for as long as the context lasts.
+
+    Raises ValueError where the directory of temporary files has no room for it.
+    """
     if not is_remote(address):
         yield address
         return
     with tempfile.NamedTemporaryFile(suffix=".tar") as copy:
         total = size(address)
         for start in range(0, total, _BLOCK):
-            copy.write(read(address, start, min(_BLOCK, total - start)))
-        copy.flush()
+            data = read(address, start, min(_BLOCK, total - start))
+            try:
+                copy.write(data)
+                copy.flush()
+            except OSError as error:
+                raise ValueError(
+                    f"data.path={shown(address)}: no copy in {copy.name}: {error}; set TMPDIR to where {total} bytes are free"
+                ) from error
         yield copy.name
 
 

@@ -11,8 +11,25 @@ from hyper_sd.data.base import BadSample
 TABLES = (".jsonl", ".csv", ".parquet")
 
 
-def rows(file: Path) -> Iterator[dict[str, Any] | BadSample]:
-    """Rows as dicts, or what is wrong with a line. Raises ValueError, naming data.path, for a file that cannot be read as a whole."""
+def rows(file: Path, caption_column: str, *others: str) -> Iterator[dict[str, Any] | BadSample]:
+    """Rows as dicts, or what is wrong with a line.
+
+    Raises ValueError, naming data.path, for a file that cannot be read as a whole, and after the last row if none has the column of
+    the captions, naming data.caption_column, or one of the others.
+    """
+    found: dict[str, None] = {}
+    for row in _rows(file):
+        if isinstance(row, dict):
+            found |= dict.fromkeys(map(str, row))
+        yield row
+    has = f"{file} has the columns {', '.join(found)}"
+    if found and caption_column not in found:
+        raise ValueError(f"data.caption_column={caption_column}: {has}")
+    if found and (missing := set(others) - found.keys()):
+        raise ValueError(f"data.path: a column {missing.pop()} is needed, and {has}")
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any] | BadSample]:
     match file.suffix:
         case ".jsonl":
             yield from _jsonl(file)

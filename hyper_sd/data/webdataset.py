@@ -43,7 +43,7 @@ class _Row:
 class WebDatasetSource(SourceDefaults):
     """Samples of the shards that `path` names, images at one square size; see `hyper_sd.data.tar.shards` for what it may be."""
 
-    def __init__(self, path: str, seed: int, image_size: int, num_workers: int = 0, caption_column: str = "text"):
+    def __init__(self, path: str, seed: int, image_size: int, num_workers: int = 0, caption_column: str = "text", min_side: int = 0):
         walked = list(threaded_map(num_workers)(tar.samples, tar.shards(path)))
         self._samples: list[TarSample] = [sample for samples, _ in walked for sample in samples]
         self.bad: Sequence[BadSample] = [sample for _, bad in walked for sample in bad]
@@ -53,7 +53,7 @@ class WebDatasetSource(SourceDefaults):
         if len(prepared) > 1:
             raise ValueError(f"data.path={path}: some samples are prepared latents and some are images; use one kind")
         self.num_samples = len(self._samples)
-        self._seed, self._image_size, self._caption_column = seed, image_size, caption_column
+        self._seed, self._image_size, self._caption_column, self._min_side = seed, image_size, caption_column, min_side
         self._rows = Rows(EpochOrder(self.num_samples, seed), num_workers)
 
     def batch(self, positions: Sequence[int]) -> Samples:
@@ -76,8 +76,8 @@ class WebDatasetSource(SourceDefaults):
         sample = self._samples[index]
         latent = sample.one_of(tar.LATENTS)
         if latent is None:
-            placed = place(decode(io.BytesIO(read_image_bytes(sample)), str(sample)), self._image_size, self._image_size)
-            return _Row(str(sample), self._caption(sample, position), image=placed)
+            image = decode(io.BytesIO(read_image_bytes(sample)), str(sample), self._min_side)
+            return _Row(str(sample), self._caption(sample, position), image=place(image, self._image_size, self._image_size))
         tensors = _read_latent(sample, latent)
         cond = tuple(tensors[f"cond.{part}"].float() for part in range(len(tensors) - 1)) or None
         prepared = cond is not None and sample.one_of(tar.CAPTIONS) is None

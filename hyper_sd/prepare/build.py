@@ -1,12 +1,11 @@
 """Preparing data: decode, filter, place, encode once, write shards; then one index over all."""
 
 import itertools
-import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,11 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hyper_sd.commands import PrepareConfig
-from hyper_sd.data import storage
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import MANIFEST, Manifest
-from hyper_sd.files import write_json
 from hyper_sd.lora_file import DTYPES
+from hyper_sd.prepare.claim import claimed, identity
 from hyper_sd.prepare.filters import Candidate, Size, buckets, examine
 from hyper_sd.prepare.finish import check_bad, contact_sheet, finish, is_rejection, summary
 from hyper_sd.prepare.inputs import Unit, units
@@ -36,7 +34,6 @@ R = TypeVar("R")
 
 Score = Callable[[Tensor, list[str]], Tensor]  # images (B, 3, H, W) in [0, 1] and captions to (B,); higher is better
 
-SETTINGS = "prepare.json"
 _POLL_S = 0.5
 
 
@@ -60,61 +57,32 @@ def prepare(cfg: PrepareConfig, processes: Processes, score: Score | None = None
     parts = units(cfg.data, cfg.shard_size)
     if cfg.scorer is not None:
         check_reward(cfg.scorer, "scorer")
-    out, settings = Path(cfg.out), identity(cfg, parts)
-    _claim(out, settings)
-    processes.barrier()  # all have looked before one writes
-    if processes.is_main:
-        write_json(out / SETTINGS, settings)
-    teacher = load_teacher(cfg.teacher, processes.device, base_dtype(cfg.teacher, processes.device))
-    if cfg.scorer is not None and score is None:
-        score = build_reward(cfg.scorer, processes.device, "scorer").score
-    since = time.monotonic()
-    if not (out / MANIFEST).is_file():
+    settings = identity(cfg, parts)
+    with claimed(Path(cfg.out), settings, processes):
+        teacher = load_teacher(cfg.teacher, processes.device, base_dtype(cfg.teacher, processes.device))
+        if cfg.scorer is not None and score is None:
+            score = build_reward(cfg.scorer, processes.device, "scorer").score
         with Stop().caught() as stop:
-            own = range(processes.rank, len(parts), processes.world_size)
-            if not Preparer(cfg, teacher, score, sizes, stop, processes.is_main).run(parts, own):
-                print(f"stopped by {stop.received}; the same command goes on", flush=True)
-                return None
-            if not processes.is_main or not _all_there(out, len(parts), stop):
-                return None
-        finish(cfg, settings, teacher, len(parts))
+            preparer = Preparer(cfg, teacher, score, sizes, stop, processes.is_main)
+            return _make(preparer, parts, settings, processes)
+
+
+def _make(preparer: "Preparer", parts: list[Unit], settings: dict[str, Any], processes: Processes) -> Manifest | None:
+    cfg, out, since = preparer.cfg, Path(preparer.cfg.out), time.monotonic()
+    if not (out / MANIFEST).is_file():
+        own = range(processes.rank, len(parts), processes.world_size)
+        if not preparer.run(parts, own):
+            print(f"stopped by {preparer.stop.received}; the same command goes on", flush=True)
+            return None
+        if not processes.is_main or not _all_there(out, len(parts), preparer.stop):
+            return None
+        finish(cfg, settings, preparer.teacher, len(parts))
     if not processes.is_main:
         return None
     manifest = Manifest.read(str(out))
-    sheet = contact_sheet(out, teacher, cfg.sheet)
+    sheet = contact_sheet(out, preparer.teacher, cfg.sheet)
     print(summary(out, manifest, time.monotonic() - since, sheet), flush=True)
     return manifest
-
-
-def identity(cfg: PrepareConfig, parts: list[Unit]) -> dict[str, Any]:
-    """What decides the content of the cache; to go on with other values, or with files added, would mix two caches."""
-    values = asdict(cfg)
-    names = ("kind", "path", "caption_column", "image_column", "split", "subset", "revision", "streaming")
-    data = {name: values["data"][name] for name in names}
-    if cfg.data.kind == "prompts":
-        data["teacher_steps"] = cfg.data.teacher_steps
-    kept = ("buckets", "filters", "scorer", "embeddings", "dtype", "shard_size", "seed", "teacher")
-    found = {"units": len(parts), "known_entries": sum(part.num_entries or 0 for part in parts)}
-    data |= {"path": storage.shown(str(cfg.data.path))}
-    return {"data": data, "found": found, **{name: values[name] for name in kept}}
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError for a directory that holds anything but a beginning of the same cache."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is a file; give a directory")
-    earlier = out / SETTINGS
-    if not earlier.is_file():
-        if out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"out={out} is not empty and holds no {SETTINGS} of an earlier start; give another directory")
-        return
-    begun = json.loads(earlier.read_text())
-    wanted = json.loads(json.dumps(settings))
-    if different := [name for name in sorted({*begun, *wanted}) if begun.get(name) != wanted.get(name)]:
-        name = different[0]
-        raise ValueError(
-            f"out={out} was begun with {name}={begun.get(name)}, now {name}={wanted.get(name)}; give another directory, or delete this one"
-        )
 
 
 def _all_there(out: Path, num_units: int, stop: Stop) -> bool:

@@ -1,6 +1,7 @@
 """The end of preparing: one index over all parts, dataset.json, what was dropped, a contact sheet."""
 
 import hashlib
+import io
 import json
 import shutil
 import textwrap
@@ -14,17 +15,19 @@ import numpy as np
 import safetensors.numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from hyper_sd.commands import PrepareConfig
+from hyper_sd.data import storage
 from hyper_sd.data.bad import FEWEST
 from hyper_sd.data.base import BadSample
 from hyper_sd.data.cache import FORMAT, INDEX, MANIFEST, CacheSource, Manifest, probe
 from hyper_sd.files import replace_file, write_json
-from hyper_sd.prepare.shards import PARTS, Part, finished
+from hyper_sd.prepare.shards import PARTS, Part, finished, writing
 from hyper_sd.teachers import Teacher
 
 DROPPED, SHEET = "dropped.jsonl", "contact_sheet.png"
-_THUMBNAIL, _LINES, _COLUMNS = 192, 3, 6
+_CELL, _GAP, _LINES, _COLUMNS = 192, 6, 3, 6  # pixels, lines of text
 
 
 def is_rejection(reason: str) -> bool:
@@ -58,7 +61,8 @@ def finish(cfg: PrepareConfig, settings: dict[str, Any], teacher: Teacher, num_u
         "settings": settings,
         "probe": probe(teacher, cfg.embeddings),
     }
-    seal(out, parts, made, unique=cfg.filters.unique_captions)
+    with writing(out):
+        seal(out, parts, made, unique=cfg.filters.unique_captions)
 
 
 def seal(out: Path, parts: list[Part], made: dict[str, Any], *, unique: bool = False) -> None:
@@ -70,6 +74,8 @@ def seal(out: Path, parts: list[Part], made: dict[str, Any], *, unique: bool = F
     if index is None:
         raise ValueError(f"out={out}: no sample is left of {sum(part.read for part in parts)}: {reasons}; see {out / DROPPED}")
     data = safetensors.numpy.save(index)
+    shards = [part.shard for part in parts if part.shard is not None]
+    counts = np.bincount(index["shard"], minlength=len(shards)).tolist()  # fewer than their parts kept, where captions came again
     sizes = Counter(f"{width}x{height}" for height, width in zip(index["height"].tolist(), index["width"].tolist(), strict=True))
     manifest = Manifest(
         format=FORMAT,
@@ -77,7 +83,7 @@ def seal(out: Path, parts: list[Part], made: dict[str, Any], *, unique: bool = F
         num_read=sum(part.read for part in parts),
         dropped=reasons,
         buckets=dict(sizes.most_common()),
-        shards=[part.shard | {"num_samples": part.kept} for part in parts if part.shard is not None],
+        shards=[shard | {"num_samples": count} for shard, count in zip(shards, counts, strict=True)],
         index_sha256=hashlib.sha256(data).hexdigest(),
         **made,
     )
@@ -98,10 +104,10 @@ def _merge(out: Path, parts: list[Part], *, unique: bool) -> tuple[dict[str, np.
         return index, []
     kept = np.zeros(len(captions), dtype=bool)
     kept[np.unique(captions, return_index=True)[1]] = True
-    again = [
-        BadSample(f"sample at byte {index['offset'][row]} of {parts[index['shard'][row]].name}.tar", "filter: unique_captions")
-        for row in np.flatnonzero(~kept)
-    ]
+    again = []
+    for row in np.flatnonzero(~kept):
+        info = storage.read(str(out / f"{parts[index['shard'][row]].name}.tar"), int(index["offset"][row]), int(index["split"][row]))
+        again.append(BadSample(json.loads(info)["name"], "filter: unique_captions"))
     return {name: column[kept] for name, column in index.items()}, again
 
 
@@ -109,7 +115,8 @@ def summary(out: Path, manifest: Manifest, seconds: float, sheet: Path | None) -
     """What a user wants to know at the end."""
     total, kept = manifest.num_read, manifest.num_samples
     megabytes = sum(shard["bytes"] for shard in manifest.shards) / 1e6
-    lines = [f"{out}: kept {kept} of {total} ({kept / total:.1%}) in {len(manifest.shards)} shards, {megabytes:.1f} MB, {seconds:.0f} s"]
+    shards = f"{len(manifest.shards)} shard{'s' if len(manifest.shards) > 1 else ''}"
+    lines = [f"{out}: kept {kept} of {total} ({kept / total:.1%}) in {shards}, {megabytes:.1f} MB, {seconds:.0f} s"]
     lines += [f"  dropped {count:>8}  {reason}" for reason, count in manifest.dropped.items()]
     lines += [f"  bucket  {count:>8}  {size}" for size, count in manifest.buckets.items()]
     if manifest.dropped:
@@ -128,18 +135,23 @@ def contact_sheet(out: Path, teacher: Teacher, num: int) -> Path | None:
     source = CacheSource(str(out), seed=0, batch_size=1)
     total = source.num_samples
     chosen = [number * total // min(num, total) for number in range(min(num, total))]
-    cell = _THUMBNAIL + 12 * _LINES + 8
-    sheet = Image.new("RGB", (_COLUMNS * _THUMBNAIL, -(-len(chosen) // _COLUMNS) * cell), "white")
+    rows = [source.row(index) for index in chosen]
+    pictures = [_thumbnail(teacher.decode(row.latent[None])[0]) for row in rows]
+    height = max(picture.height for picture in pictures) + 13 * _LINES + 2 * _GAP
+    sheet = Image.new("RGB", (_COLUMNS * _CELL, -(-len(chosen) // _COLUMNS) * height), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for place, index in enumerate(chosen):
-        row = source.row(index)
-        pixels = (teacher.decode(row.latent[None])[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        picture = Image.fromarray(pixels)
-        scale = _THUMBNAIL / max(picture.size)
-        picture = picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))
-        left, top = place % _COLUMNS * _THUMBNAIL, place // _COLUMNS * cell
+    for place, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        left, top = place % _COLUMNS * _CELL + (_CELL - picture.width) // 2, place // _COLUMNS * height + _GAP
         sheet.paste(picture, (left, top))
-        text = "\n".join(textwrap.wrap(row.caption, 34)[:_LINES])
-        canvas.multiline_text((left + 2, top + _THUMBNAIL + 2), text, fill="black", font=font, spacing=1)
-    sheet.save(out / SHEET)
+        text = "\n".join(textwrap.wrap(row.caption, 32)[:_LINES])
+        canvas.multiline_text((place % _COLUMNS * _CELL + _GAP, top + picture.height + 2), text, fill="black", font=font, spacing=1)
+    sheet.save(file := io.BytesIO(), "PNG")
+    with writing(out):
+        replace_file(out / SHEET, file.getvalue())
     return out / SHEET
+
+
+def _thumbnail(image: Tensor) -> Image.Image:
+    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    scale = (_CELL - 2 * _GAP) / max(picture.size)
+    return picture.resize((max(1, round(picture.width * scale)), max(1, round(picture.height * scale))))

@@ -49,13 +49,13 @@ def units(cfg: DataConfig, shard_size: int) -> list[Unit]:
     path = str(cfg.path)
     match cfg.kind:
         case "folder":
-            return _ranges([_folder_item(entry) for entry in entries(path, cfg.caption_column)], shard_size)
+            return _ranges([_folder_item(entry, cfg) for entry in entries(path, cfg.caption_column)], shard_size)
         case "prompts":
             prompts = enumerate(read_prompts(path, cfg.caption_column))
             found: list[Entry] = [p if isinstance(p, BadSample) else Item(f"prompt {number} of {path}", p, None) for number, p in prompts]
             return _ranges(found, shard_size)
         case "webdataset":
-            return [Unit(partial(_tar_items, shard, cfg.caption_column)) for shard in tar.shards(path)]
+            return [Unit(partial(_tar_items, shard, cfg)) for shard in tar.shards(path)]
         case "hf":
             return _hf_units(cfg, shard_size)
         case _:
@@ -69,27 +69,27 @@ def _ranges(found: Sequence[Entry], size: int) -> list[Unit]:
     return [Unit(lambda start, part=part: iter(part[start:]), len(part)) for part in parts]
 
 
-def _folder_item(entry: Any) -> Entry:
+def _folder_item(entry: Any, cfg: DataConfig) -> Entry:
     if isinstance(entry, BadSample):
         return entry
-    return Item(str(entry.file), entry.captions, partial(decode, entry.file, str(entry.file)))
+    return Item(str(entry.file), entry.captions, partial(decode, entry.file, str(entry.file), cfg.min_side))
 
 
-def _tar_items(shard: str, column: str, start: int) -> Iterator[Entry]:
+def _tar_items(shard: str, cfg: DataConfig, start: int) -> Iterator[Entry]:
     with storage.local_copy(shard) as copy:
         samples, bad = tar.samples(shard, copy)
         for number, sample in enumerate([*samples, *bad]):
             if number >= start:
-                yield sample if isinstance(sample, BadSample) else _tar_item(sample, column, copy)
+                yield sample if isinstance(sample, BadSample) else _tar_item(sample, cfg, copy)
 
 
-def _tar_item(sample: tar.TarSample, column: str, copy: str) -> Entry:
+def _tar_item(sample: tar.TarSample, cfg: DataConfig, copy: str) -> Entry:
     try:
-        texts = read_captions(sample, column, copy)
+        texts = read_captions(sample, cfg.caption_column, copy)
         data = read_image_bytes(sample, copy)
     except BadSampleError as error:
         return error.sample
-    return Item(str(sample), texts, lambda: decode(io.BytesIO(data), str(sample)))
+    return Item(str(sample), texts, lambda: decode(io.BytesIO(data), str(sample), cfg.min_side))
 
 
 def _hf_units(cfg: DataConfig, shard_size: int) -> list[Unit]:
@@ -125,7 +125,7 @@ def _hf_items(dataset: Any, part: str, cfg: DataConfig, start: int) -> Iterator[
         name = f"row {number} of {part} of {cfg.path}"
         try:
             texts = captions.from_value(row[cfg.caption_column], name)
-            yield Item(name, texts, _hf_image(row[cfg.image_column], name, local=Path(str(cfg.path)).is_dir()))
+            yield Item(name, texts, _hf_image(row[cfg.image_column], name, cfg))
         except BadSampleError as error:
             yield error.sample
 
@@ -137,11 +137,11 @@ def _hf_rows(dataset: Any, part: str, cfg: DataConfig, start: int) -> Iterator[d
         raise ValueError(f"data.path={cfg.path}: {part} cannot be read: {error}; the same command goes on") from error
 
 
-def _hf_image(value: Any, name: str, *, local: bool) -> Callable[[], Image.Image]:
+def _hf_image(value: Any, name: str, cfg: DataConfig) -> Callable[[], Image.Image]:
     """Files are opened for a data set of this machine only: what comes from elsewhere has no business with local paths."""
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and isinstance(path, str) and local and not storage.is_remote(path):
-        return partial(decode, Path(path), name)
+    if data is None and isinstance(path, str) and Path(str(cfg.path)).is_dir() and not storage.is_remote(path):
+        return partial(decode, Path(path), name, cfg.min_side)
     if not isinstance(data, bytes):
         raise BadSampleError(name, "no image", "the column holds no bytes of an image file")
-    return lambda: decode(io.BytesIO(data), name)
+    return lambda: decode(io.BytesIO(data), name, cfg.min_side)

@@ -46,12 +46,14 @@ class PartWriter:
     dropped: list[BadSample] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("wb")
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("wb")
 
     @property
     def _partial(self) -> Path:
-        return self.out / f".{self.name}.tar.partial"
+        """A name of this process's own: one that was told to stop may still be removing its file when the next command writes."""
+        return self.out / f".{self.name}.tar.{os.getpid()}.partial"
 
     def __enter__(self) -> "PartWriter":
         return self
@@ -71,12 +73,12 @@ class PartWriter:
         offset, (height, width) = self._file.tell() + tarfile.BLOCKSIZE, info["sizes"][4:]
         self.rows.append((offset, len(text), start, len(content), zlib.crc32(content), height, width))
         self.hashes.append(caption_hash(info["text"]))
-        with _writing(self.out):
+        with writing(self.out):
             self._file.write(data)
 
     def close(self, num_read: int, last: bool) -> None:
         """Make it whole and give it its name."""
-        with _writing(self.out):
+        with writing(self.out):
             self._close(num_read, last)
 
     def _close(self, num_read: int, last: bool) -> None:
@@ -131,7 +133,8 @@ def finished(out: Path, unit: int) -> list[Part]:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
+    """For writing to the cache: what the disk refuses is one clear error."""
     try:
         yield
     except OSError as error:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -62,6 +63,7 @@ class Teacher(ABC):
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
+        logging.getLogger(type(pipeline).__module__).addFilter(_once)
         self.net: nn.Module = pipeline.unet
         self.dtype: torch.dtype = pipeline.unet.dtype
 
@@ -113,6 +115,22 @@ class Teacher(ABC):
     @property
     def fingerprint(self) -> dict[str, str]:
         return self.facts.fingerprint
+
+
+class _Once(logging.Filter):
+    """Lets through once that CLIP reads no more of a prompt: it is true of many captions, and diffusers says so of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        said, about = self._said, "was truncated" in str(record.msg)
+        self._said = said or about
+        return not (said and about)
+
+
+_once = _Once()
 
 
 class Clamp(torch.autograd.Function):

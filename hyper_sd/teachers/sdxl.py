@@ -36,7 +36,7 @@ class SdxlTeacher(Teacher):
 
     def with_sizes(self, cond: Cond, sizes: Tensor) -> Cond:
         text, pooled, _ = cond
-        return text, pooled, sizes.to(self.device, torch.float32)
+        return text, pooled, sizes.to(self.device, torch.float32, non_blocking=True)
 
     @cached_property
     def _negative(self) -> tuple[Tensor, Tensor]:

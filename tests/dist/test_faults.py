@@ -43,6 +43,26 @@ def test_the_others_end_with_the_name_of_a_rank_that(rank: int, fault: signal.Si
     assert status["status"] == "failed" and f"rank {rank} " in status["error"] and "resume=auto" in status["continue"]
 
 
+def train_with_broken_photos(teacher: Path, root: Path) -> None:
+    photos = root / ("whole" if os.environ["RANK"] == "0" else "broken")
+    train(teacher, root / "run", *LONG, "data=folder", f"data.path={photos}", "data.batch_size=2", "engine.timeout_seconds=12")
+
+
+@pytest.mark.slow
+def test_what_another_rank_meets_is_what_the_run_ended_by(teacher: Path, tmp_path: Path) -> None:
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            write_photo(tmp_path / name / f"{number}.png")
+    for file in (tmp_path / "broken").glob("*.png"):
+        file.write_bytes(b"not an image")
+    with living(tmp_path / "log", train_with_broken_photos, teacher, tmp_path, world=2) as lives:
+        assert [life.end(60) for life in lives] == [1, 1]
+    assert f"rank 1 (process {lives[1].pid} on {os.uname().nodename}) died or hangs" in lives[0].output
+    status = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert status["status"] == "failed" and "unreadable image" in status["error"] and "broken" in status["error"]
+
+
 def train_apart(teacher: Path, root: Path) -> None:
     train(teacher, root / os.environ["RANK"], "only=[tscd_8]", "resume=auto")
 

@@ -2,16 +2,20 @@
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from hyper_sd.processes import Processes
 from tests.hub import running
 from tests.runs import ROOT
 from tests.tiny import tiny_sd15
 from tests.unit.test_data import picture
+from tests.unit.test_data_docs import BLOCKS
+from tests.unit.test_prepare import made
 
 # one process, since huggingface_hub reads its environment when it is imported
 PROGRAM = """
@@ -77,3 +81,21 @@ def test_a_data_set_of_the_hub_is_prepared_streamed_or_downloaded(tmp_path: Path
     assert found["split"].startswith(f"data.path=owner/name, data.split=test: {cannot}Bad split: test")
     assert found["column"] == "data.caption_column=label: the data set has the columns image, text"
     assert found["torn"].startswith("data.path=owner/torn: file 1 cannot be read: ")
+
+
+@pytest.mark.slow
+def test_what_the_documented_download_fetches_is_prepared(tmp_path: Path) -> None:
+    words = next(shlex.split(line) for line in BLOCKS.splitlines() if line.startswith("hf download"))
+    name, folder = words[2], words[words.index("--local-dir") + 1]
+    write_data_set(tmp_path / "hub" / name / "data")
+    (tmp_path / "hub" / name / "README.md").write_text("not asked for")
+    with running(tmp_path / "hub") as hub:
+        command = [str(Path(sys.executable).with_name("hf")), *words[1:]]
+        environment = hub.environment(tmp_path / "home")
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    found = {str(file.relative_to(tmp_path / folder)) for file in (tmp_path / folder).rglob("*.*") if ".cache" not in file.parts}
+    assert found == {f"data/train-{number:05}-of-00002.parquet" for number in range(2)}
+    options = ("data=hf", f"data.path={tmp_path / folder}", "sheet=0")
+    teacher = tiny_sd15(tmp_path / "teacher", image_size=32)
+    assert made(teacher, tmp_path / "cache", Processes(cpu_threads=1), *options).num_samples == 5

@@ -157,3 +157,13 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     source.check(Weights(1.001))  # another precision
     with pytest.raises(ValueError, match=r"was prepared with another VAE than that of teacher.path"):
         source.check(Weights(1.1))
+
+
+def test_every_tensor_of_a_batch_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = CacheSource(str(write_cache(tmp_path / "cache", [[(64, 64)] * 2], embeddings=True)), 0, 2).batch(range(2))
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())  # needs a GPU
+    again = samples.pinned()
+    assert again.latents is not None and again.conds is not None and again.sizes is not None
+    for before, after in zip(pinned, (again.latents, again.sizes, *again.conds), strict=True):
+        assert torch.equal(before, after)

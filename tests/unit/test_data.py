@@ -234,6 +234,33 @@ def test_folder_names_the_wrong_line_of_metadata_jsonl(line: str, tmp_path: Path
         source("folder", folder)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", ["folder", "prompts"])
+def test_a_table_without_the_captions_column_names_those_it_has(kind: Kind, suffix: str, tmp_path: Path):
+    import pyarrow.parquet
+
+    folder = image_folder(tmp_path / "photos", 2)
+    rows = [{"file_name": f"{number:03}.png", "caption": f"number {number}"} for number in range(2)]
+    table = folder / f"metadata.{suffix}"
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    elif suffix == "csv":
+        table.write_text("".join(",".join(row) + "\n" for row in (["file_name", "caption"], *(row.values() for row in rows))))
+    else:
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder if kind == "folder" else table
+    with pytest.raises(ValueError, match=rf"data.caption_column=text: .*metadata.{suffix} has the columns file_name, caption$"):
+        source(kind, path)
+    cfg = DataConfig(kind=kind, path=str(path), batch_size=2, caption_column="caption")
+    assert sorted(build_source(cfg, seed=0, image_size=16).batch(range(2)).captions) == ["number 0", "number 1"]
+
+
+def test_a_table_of_images_needs_their_names(tmp_path: Path):
+    (image_folder(tmp_path, 1) / "metadata.jsonl").write_text('{"file": "000.png", "text": "a"}\n')
+    with pytest.raises(ValueError, match=r"data.path: a column file_name is needed, and .*metadata.jsonl has the columns file, text"):
+        source("folder", tmp_path)
+
+
 @pytest.mark.parametrize("damage", ["cut", "not an image", "another format"])
 def test_an_image_that_cannot_be_decoded_is_named(damage: str, tmp_path: Path):
     whole = encoded(Image.effect_noise((64, 64), 50).convert("RGB"))
@@ -403,7 +430,10 @@ def test_webdataset_names_what_is_missing(members: dict[str, bytes], message: st
         ({"a.latent.npy": npy(np.zeros((4, 8, 8)))[:200], "a.txt": b"a"}, "sample a of .*: unreadable latent"),
         ({"a.latent.safetensors": b"\x00" * 20, "a.txt": b"a"}, "sample a of .*: unreadable latent"),
         ({"a.latent.safetensors": safetensors.torch.save({"other": torch.zeros(1)}), "a.txt": b"a"}, "sample a"),
-        ({"a.png": encoded(picture()), "a.json": b'{"caption": "a"}'}, "sample a of .*: no caption"),
+        (
+            {"a.png": encoded(picture()), "a.json": b'{"caption": "a"}'},
+            r"sample a of .*: no caption \(data.caption_column=text, .* has caption",
+        ),
         ({"a.png": encoded(picture()), "a.json": b'{"text": 3}'}, "sample a of .*: caption is not text"),
         ({"a.png": encoded(picture()), "a.json": b"{"}, "sample a of .*: caption is not json"),
         ({"a.png": encoded(picture()), "a.txt": b"\xff"}, "sample a of .*: caption is not UTF-8"),

@@ -111,12 +111,20 @@ def test_what_the_heldout_reward_likes_goes_on_and_a_continued_run_is_the_straig
     assert_same(before, adapters(straight))
 
 
+HPS = (
+    "+reward@rewards.hps=hps_v2_1", "rewards.hps.path=/nowhere", "rewards.hps.base.path=/nowhere", "reward@heldout=hps_v2_1",
+    "heldout.path=/nowhere",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (["~rewards.embedded"], r"stages\.refl is trained on rewards, and there are none"),
         (["heldout=null"], r"stages\.refl\.guard looks at a held-out reward, and there is none"),
         (["heldout.kind=embedded"], r"heldout\.kind=embedded: rewards\.embedded is trained on it"),
+        ([*HPS, "heldout.kind=image_reward"], r"heldout\.kind=image_reward: rewards\.hps is trained on it"),
+        ([*HPS, "heldout.file=HPS_v2_compressed.pt"], r"rewards\.hps\.base\.path=/nowhere is no directory"),
         (["heldout.kind=pickscore", "heldout.path=/nowhere"], r"heldout\.path=/nowhere is no directory"),
         (["rewards.embedded.kind=pickscore", "rewards.embedded.path=/nowhere"], r"rewards\.embedded\.path=/nowhere is no directory"),
         (["stages.refl.guard.steps=[1,8]"], r"stages\.refl\.guard\.steps: .* made for 1, 2, 4 steps, not for 8"),

@@ -4,6 +4,7 @@ import shutil
 import struct
 from collections import deque
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from hyper_sd.data import BadSamples, build_source
 from hyper_sd.data.base import BadSampleError
 from hyper_sd.data.images import decode, place
 from hyper_sd.prepare.filters import buckets, nearest, sharpness
-from tests.fixtures.render import PHOTOS, landscape
+from hyper_sd.prepare.inputs import Item, units
+from tests.fixtures.render import CAPTION, PHOTOS, landscape
+from tests.unit.test_data import write_tar
 
 BAD = {
     "bomb.png": "too many pixels",
@@ -109,6 +112,27 @@ def test_a_folder_with_bad_photos_trains_on_the_good_ones_and_lists_the_rest(tmp
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 6
     again = build_source(cfg, seed=0, image_size=32).batch(range(8, 12))
     assert again.captions == samples[2].captions and again.bad == samples[2].bad
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset"])
+def test_an_image_that_is_too_small_is_a_bad_sample(kind: Literal["folder", "webdataset"], tmp_path: Path) -> None:
+    names = [file.name for name in ("tiny", "plain") for file in PHOTOS.glob(f"{name}.*")]
+    path = tmp_path / "photos"
+    if kind == "folder":
+        path.mkdir()
+        for name in names:
+            shutil.copy(PHOTOS / name, path)
+    else:
+        path = write_tar(tmp_path / "a.tar", {name: (PHOTOS / name).read_bytes() for name in names})
+    cfg = DataConfig(kind=kind, path=str(path), batch_size=2, min_side=64)
+    samples = build_source(cfg, seed=0, image_size=32).batch(range(2))
+    assert {sample.reason for sample in samples.bad} == {"too small"} and "tiny" in samples.bad[0].name
+    assert set(samples.captions) == {f"{CAPTION}, plain"}
+    (unit,) = units(cfg, shard_size=10)
+    found = {entry.captions[0]: entry.image for entry in unit.entries(0) if isinstance(entry, Item) and entry.image is not None}
+    assert found[f"{CAPTION}, plain"]().size == (96, 64)
+    with pytest.raises(BadSampleError, match=r"too small \(\d+ x \d+, data.min_side=64\)"):
+        found[f"{CAPTION}, tiny"]()
 
 
 def test_too_many_bad_samples_end_the_run(tmp_path: Path) -> None:

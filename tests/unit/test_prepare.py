@@ -221,6 +221,9 @@ def test_captions_that_come_again_are_dropped_across_units_and_parts(sd15: Path,
     for number in range(12):
         (folder / f"{number:03}.txt").write_text(f"number {number % 5}")
     manifest = made(sd15, out, processes, f"data.path={folder}", "filters.unique_captions=true", "shard_size=4", "sheet=0")
+    assert [shard["num_samples"] for shard in manifest.shards] == [4, 1, 0] and manifest.num_samples == 5
+    listed = [json.loads(line)["name"] for line in (out / "dropped.jsonl").read_text().splitlines()]
+    assert sorted(listed) == [str(folder / f"{number:03}.png") for number in range(5, 12)]
     assert manifest.dropped == {"filter: unique_captions": 7} and latents_of(out).keys() == {f"number {n}" for n in range(5)}
     data = build_source(DataConfig(kind="cache", path=str(out), batch_size=5), seed=0, image_size=32)
     assert len(set(data.batch(range(5)).captions)) == 5
@@ -323,6 +326,35 @@ def test_a_full_disk_is_one_error_and_going_on_works(sd15: Path, tmp_path: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(out.glob("*.tar*")) and not (out / "dataset.json").exists()
     assert made(sd15, out, processes, *options).num_samples == 8
+
+
+def test_what_the_dtype_cannot_hold_is_dropped(sd15: Path, tmp_path: Path, processes: Processes) -> None:
+    teacher, folder = tmp_path / "teacher", numbered(tmp_path / "photos", 3)
+    shutil.copytree(sd15, teacher)
+    config = json.loads((teacher / "vae" / "config.json").read_text())
+    (teacher / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 1e9}))
+    with pytest.raises(ValueError, match=r"no sample is left of 3: {'not finite': 3}"):
+        made(teacher, tmp_path / "cache", processes, f"data.path={folder}", "sheet=0")
+    listed = [json.loads(line) for line in (tmp_path / "cache" / "dropped.jsonl").read_text().splitlines()]
+    assert [Path(sample["name"]).name for sample in listed] == ["000.png", "001.png", "002.png"]
+    assert made(teacher, tmp_path / "fp32", processes, f"data.path={folder}", "sheet=0", "dtype=fp32").num_samples == 3
+
+
+@pytest.mark.parametrize("file", ["dropped.jsonl", "contact_sheet.png"])
+def test_a_disk_that_is_full_at_the_end_is_the_same_error(file: str, sd15: Path, tmp_path: Path, processes: Processes) -> None:
+    folder, out = numbered(tmp_path / "photos", 4), tmp_path / "cache"
+    for number in range(90 if file == "dropped.jsonl" else 0):
+        (folder / f"{number:03}x.png").write_bytes(b"")
+    options = (f"data.path={folder}", "sheet=4", "shard_size=5", "data.max_bad_fraction=1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, hard))
+    try:
+        with pytest.raises(ValueError, match=r"out=.*cache cannot be written: .*the same command goes on"):
+            made(sd15, out, processes, *options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (out / file).exists() and (out / "00000-00000.tar").exists() and not list(out.glob(".*partial"))
+    assert made(sd15, out, processes, *options).num_samples == 4 and (out / "contact_sheet.png").exists()
 
 
 def test_what_is_refused(sd15: Path, sdxl: Path, tmp_path: Path, processes: Processes) -> None:

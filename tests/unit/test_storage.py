@@ -1,6 +1,7 @@
 """Remote shards, from a real server on this machine that fails now and then."""
 
 import re
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -138,6 +139,18 @@ def test_a_local_copy_is_whole_and_goes_away(server: Server, tmp_path: Path) -> 
     with storage.local_copy(f"{server.url}/a.tar") as copy:
         assert Path(copy).read_bytes() == (tmp_path / "a.tar").read_bytes() and Path(copy) != tmp_path / "a.tar"
     assert not Path(copy).exists()
+
+
+def test_a_copy_that_finds_no_room_says_where_to_make_some(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(20_000))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+    try:
+        message = r"data.path=http.*/a.tar: no copy in .*; set TMPDIR to where 20000 bytes are free"
+        with pytest.raises(ValueError, match=message), storage.local_copy(f"{server.url}/a.tar?signature=secret"):
+            raise AssertionError("half a shard")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_server_that_is_not_there_is_an_error_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

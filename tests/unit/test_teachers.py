@@ -1,4 +1,5 @@
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -282,3 +283,14 @@ def test_a_decoder_with_checkpointing_gives_the_same_gradient_from_less_memory(s
     teacher.pipeline.vae.enable_gradient_checkpointing()
     checkpointed, kept_then = decoded()
     assert torch.equal(plain, checkpointed) and kept_then < kept / 2
+
+
+def test_that_prompts_are_cut_is_said_once(sd15: Path) -> None:
+    teacher, said = load(sd15, "sd15"), list[logging.LogRecord]()
+    logger, handler = logging.getLogger(StableDiffusionPipeline.__module__), logging.Handler()
+    handler.emit = said.append
+    logger.addHandler(handler)
+    for number in range(3):
+        teacher.encode_prompts([f"a red circle {number} " * 100])
+    logger.removeHandler(handler)
+    assert len([record for record in said if "truncated" in record.msg]) <= 1  # none if an earlier test was told
