@@ -167,10 +167,11 @@ def test_time_ids_are_the_sizes_of_the_samples(sdxl: Path) -> None:
 def test_a_run_on_the_cache_is_the_run_on_the_photos(sdxl: Path, tmp_path: Path, processes: Processes) -> None:
     folder, out = numbered(tmp_path / "photos", 10), tmp_path / "cache"
     made(sdxl, out, processes, "data=folder", f"data.path={folder}", "dtype=fp32", "embeddings=true", "shard_size=4", "sheet=0")
-    common = ("teacher=sdxl", f"teacher.path={sdxl}", "only=[tscd_2]")
+    # Adam with its own eps would make of the last bits of a latent, where a gradient is next to nothing, a step of full length
+    common = ("teacher=sdxl", f"teacher.path={sdxl}", "only=[tscd_2]", "optimizer.eps=1e-3")
     raw = train(sdxl, tmp_path / "raw", *common, "data=folder", f"data.path={folder}")
     cached = train(sdxl, tmp_path / "cached", *common, "data=cache", f"data.path={out}", "data.num_workers=2")
-    assert_same(adapters(raw), adapters(cached), tolerance=2e-3)
+    assert_same(adapters(raw), adapters(cached), tolerance=1e-4)
 
 
 def test_all_forms_of_one_data_set_make_the_same_latents(sd15: Path, tmp_path: Path, processes: Processes) -> None:
