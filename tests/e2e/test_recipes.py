@@ -229,6 +229,7 @@ def test_trackers(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # the whole chain and its evaluation, up to six times
 @pytest.mark.parametrize(
     ("recipe", "short", "rows"),
     [
