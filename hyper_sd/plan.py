@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from hyper_sd.checkpoint import CheckpointError
 from hyper_sd.config import RewardConfig, RunConfig, StagePlan
 from hyper_sd.data import BadSamples, Source, build_source
 from hyper_sd.denoiser import Denoiser
@@ -83,7 +84,8 @@ def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
         with stop.caught():
             yield run
     except Exception as error:
-        run.note_failure(str(error))
+        if engine.is_main or not isinstance(error, CheckpointError):  # the main process saves, and knows why it could not
+            run.note_failure(str(error))
         raise
     finally:
         folder.release()

@@ -25,7 +25,7 @@ PATIENCE_S = 120
 @pytest.mark.timeout(400)
 def test_killed_twenty_times_also_inside_a_save_is_the_straight_run(tmp_path: Path) -> None:
     teacher, run_dir, rng = tiny_sd15(tmp_path / "teacher"), tmp_path / "run", random.Random(0)
-    settings = ("only=[tscd_1,score]", "stages.tscd_1.max_steps=12", "stages.score.max_steps=16", "engine.checkpoint_every_steps=1")
+    settings = ("only=[tscd_1,score]", "stages.tscd_1.max_steps=18", "stages.score.max_steps=24", "engine.checkpoint_every_steps=1")
     straight = train(teacher, tmp_path / "straight", *settings)
     inside = 0
     for kill in range(KILLS):
