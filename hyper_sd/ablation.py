@@ -15,7 +15,8 @@ from hyper_sd.engines import start_engine
 from hyper_sd.files import replace_file, write_json
 from hyper_sd.measure import Draw, Evaluator, Job, Row, make_draw
 from hyper_sd.objective import Stage
-from hyper_sd.plan import LORA, check_plan, train_plan
+from hyper_sd.plan import LORA, train_plan
+from hyper_sd.plan_checks import check_plan
 from hyper_sd.processes import Processes
 from hyper_sd.sample import Recipe, lcm_row, read_recipe
 from hyper_sd.stages.tscd import TSCD

@@ -10,25 +10,24 @@ from hyper_sd.metrics import Jackknifed, gap, mean_and_error
 
 
 def changes(
-    stages: Mapping[str, Mapping[int, Row]], ceiling: Mapping[str, Tensor], teacher: Row, undistilled: Mapping[int, Row]
+    stages: Mapping[str, Mapping[int, Row]],
+    ceiling: Mapping[str, Tensor],
+    teacher: Row,
+    undistilled: Mapping[int, Row],
+    alike: Mapping[str, Mapping[int, Row]],
 ) -> dict[str, Any]:
     """By stage: the stage before it, and for every step count that both have the differences after - before with their standard errors.
 
-    Of a reward also `closed`, the share of the distance to `ceiling`, the scores of fresh renders, that was made good.
+    `alike` has rows of a stage as the one after it is sampled, which go before its own. Of a reward also `closed`, the share of the
+    distance to `ceiling`, the scores of fresh renders, that was made good.
     """
-    pairs = list(zip(stages, list(stages)[1:], strict=False))
-    return {
-        after: {
-            "before": before,
-            "steps": {
-                str(n): _change(stages[before][n], row, ceiling, teacher, undistilled.get(min(n, 2)))
-                for n, row in stages[after].items()
-                if n in stages[before]
-            },
-        }
-        for before, after in pairs
-        if stages[before].keys() & stages[after].keys()
-    }
+    result = {}
+    for before, after in zip(stages, list(stages)[1:], strict=False):
+        earlier = {**stages[before], **alike.get(before, {})}
+        if counts := [n for n in stages[after] if n in earlier]:
+            rows = {str(n): _change(earlier[n], stages[after][n], ceiling, teacher, undistilled.get(min(n, 2))) for n in counts}
+            result[after] = {"before": before, "steps": rows}
+    return result
 
 
 def _change(before: Row, after: Row, ceiling: Mapping[str, Tensor], teacher: Row, undistilled: Row | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from hyper_sd.paths import asset_dir
 from hyper_sd.processes import Processes
 from hyper_sd.randomness import Purpose, fold
 from hyper_sd.sample import Sampler, adapter, decode, latent_shape, quiet, sample, teacher_row
-from hyper_sd.teachers import load_pipeline
+from hyper_sd.teachers import load_sampler
 
 K = TypeVar("K", bound=Hashable)
 
@@ -140,11 +140,7 @@ class Evaluator:
     @classmethod
     def open(cls, teacher: TeacherConfig, cfg: EvalConfig, processes: Processes) -> "Evaluator":
         """Raises ValueError, naming the key, for a judge that does not know the pipeline's images."""
-        cuda = processes.device.type == "cuda"
-        pipe: Any = load_pipeline(teacher, torch.bfloat16 if cuda and teacher.dtype != "fp32" else torch.float32)
-        if cuda:
-            pipe.to(processes.device)
-            pipe.vae.to(torch.float32)  # SDXL's overflows in half precision
+        pipe = load_sampler(teacher, processes.device)
         judge, reference = None, None
         check_judge(cfg, latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor)
         if cfg.judge is not None:

@@ -12,7 +12,8 @@ from hyper_sd.engine import Engine
 from hyper_sd.job import Job
 from hyper_sd.roles import Role
 
-COLLAPSED = 0.3  # variety of the student's samples, relative to that of the data
+COLLAPSED = 0.3  # of the variety that samples should have
+_ALIKE = {"variety": "its samples hardly differ from each other", "std_sample": "its samples are flat beside the teacher's estimates"}
 LOG_EVERY = 10  # steps between two rows of metrics: the only moments at which the device is waited for
 
 
@@ -78,11 +79,13 @@ class Meter:
 
 
 def warn_of_collapse(key: str, values: dict[str, float], step: int) -> None:
-    """A student whose samples are all alike is lost long before its loss shows it."""
-    for name, variety in values.items():
-        if name.endswith("/variety") and variety < COLLAPSED:
+    """A student whose samples are all alike, or flatter than what the teacher makes of them, is lost long before its loss shows it."""
+    for name, value in values.items():
+        role, _, figure = name.rpartition("/")
+        against = values.get(f"{role}/std_real", 0.0) if figure == "std_sample" else 1.0  # latents are scaled to unit variance
+        if figure in ("variety", "std_sample") and value < COLLAPSED * against:
             warnings.warn(
-                f"{key}: the student collapses: at step {step} its samples differ from each other {variety:.2g} times as much as the "
-                f"training data do; lower {key}.optimizer.lr or raise {key}.fake_updates",
+                f"{key}: the student collapses: at step {step} {_ALIKE[figure]} ({figure} {value:.2g}); lower {key}.optimizer.lr or raise "
+                f"{key}.fake_updates",
                 stacklevel=2,
             )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hyper_sd.checkpoint import CheckpointError
-from hyper_sd.config import RewardConfig, RunConfig, StagePlan
+from hyper_sd.config import RunConfig, StagePlan
 from hyper_sd.data import BadSamples, Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
@@ -21,21 +21,21 @@ from hyper_sd.files import replace_file
 from hyper_sd.guard import GUARD_DRAW, HeldOutGuard
 from hyper_sd.job import BEST, Feed, Job
 from hyper_sd.loop import check_checkpoint, fit
-from hyper_sd.lora_file import inspect_lora, read_lora
-from hyper_sd.measure import NUM_GRID, check_judge, make_draw
+from hyper_sd.lora_file import read_lora
+from hyper_sd.measure import NUM_GRID, make_draw
 from hyper_sd.merge import merge_role
 from hyper_sd.objective import Context, Feedback, Stage
 from hyper_sd.observe import Recorder
+from hyper_sd.plan_checks import check_groups, check_plan, check_work
 from hyper_sd.report import table
 from hyper_sd.report import write as write_report
-from hyper_sd.rewards import Rewards, build_rewards, check_rewards
+from hyper_sd.rewards import Rewards, build_rewards
 from hyper_sd.rewards.segmenter import build_segmenter, check_segmenter
-from hyper_sd.rewards.tiny_decoder import check_tiny_decoder, load_tiny_decoder
+from hyper_sd.rewards.tiny_decoder import load_tiny_decoder
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
 from hyper_sd.stop import Stop
-from hyper_sd.structured import build_target
 from hyper_sd.teachers import Teacher, TeacherFacts, base_dtype, inspect_teacher, load_pipeline, load_teacher
 from hyper_sd.teachers.base import Clamp
 from hyper_sd.watchdog import Watchdog, is_of_a_connection
@@ -89,91 +89,6 @@ def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
         raise
     finally:
         folder.release()
-
-
-def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
-    """The selected stages' mathematics. Raises ValueError, naming the key, for anything that cannot run on this teacher."""
-    facts.schedule.check(facts.prediction)
-    check_judge(config.eval, facts.image_size)
-    _check_rewards(config, facts)
-    stages = {name: build_target(plan.method, plan.key) for name, plan in config.selected.items()}
-    for name, stage in stages.items():
-        try:
-            stage.check(facts.schedule.num_steps)
-        except ValueError as error:
-            raise ValueError(str(error).replace("stage.", f"{config.stages[name].key}.")) from None
-        _check_feedback(config, config.stages[name], stage)
-        if unknown := config.stages[name].optimizers.keys() - set(stage.trains):
-            given, allowed = ", ".join(sorted(unknown)), ", ".join(stage.trains)
-            raise ValueError(f"{config.stages[name].key}.optimizers: there is no {given} to train; the stage trains {allowed}")
-    if config.init is not None:
-        header = inspect_lora(Path(config.init), key="init")
-        header.require_rank(config.lora.rank)
-        header.require_base(facts.fingerprint)
-    return stages
-
-
-def check_work(engine: Engine, plan: StagePlan, stage: Stage) -> None:
-    """Raise ValueError unless every process gets micro-batches, and, where they share the network, calls it equally often."""
-    size = len(engine.micro_batches(plan.batch_size, start=0)[0])
-    if engine.collective_forward and size % stage.sample_period:
-        raise ValueError(
-            f"{plan.key}: under ZeRO-3 every process must call the network equally often, but every {stage.sample_period}th sample "
-            f"(ode_one_in) is given more calls than the others, and a process has {size} samples at a time; make batch_size / (processes "
-            f"x engine.accumulation) a multiple of {stage.sample_period}, or use configs/accelerate/deepspeed_zero2.yaml"
-        )
-    if plan.guard is not None:
-        uneven = engine.collective_forward and plan.guard.prompts % engine.world_size
-        if plan.guard.prompts < engine.world_size or uneven:
-            raise ValueError(
-                f"{plan.key}.guard.prompts={plan.guard.prompts}: every process draws a share of them, so there must be as many as the "
-                f"{engine.world_size} processes at least, and under ZeRO-3 a multiple of that"
-            )
-
-
-def check_groups(config: RunConfig, source: Source) -> None:
-    """Raise ValueError for a stage whose batches would not be the groups that the source's samples come in."""
-    for plan in config.selected.values():
-        if source.batch_size not in (None, plan.batch_size):
-            raise ValueError(
-                f"{plan.key}.batch_size={plan.batch_size}: samples of several sizes or sources come in groups of "
-                f"data.batch_size={source.batch_size}; all stages must have the same"
-            )
-
-
-def _check_rewards(config: RunConfig, facts: TeacherFacts) -> None:
-    if config.decode.tiny is not None:
-        check_tiny_decoder(config.decode.tiny, facts.image_size, facts.latent_shape, key="decode.tiny")
-    for name, reward in config.rewards.items():
-        if config.heldout is not None and _weights(reward) == _weights(config.heldout):
-            raise ValueError(
-                f"heldout.kind={config.heldout.kind}: rewards.{name} is trained on it; what a guard looks at must be another reward"
-            )
-    check_rewards(config.judges)
-
-
-def _weights(reward: RewardConfig) -> tuple[str | None, ...]:
-    """Equal for two that are the same file, under whatever kind; the embedded ones have theirs by their kind."""
-    return reward.path, reward.file or reward.kind
-
-
-def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
-    if stage.uses_rewards and not config.rewards:
-        raise ValueError(f"{plan.key} is trained on rewards, and there are none; add one, e.g. +reward@rewards.embedded=embedded")
-    if stage.uses_instances and config.segmenter is None:
-        raise ValueError(f"{plan.key}.perceptual_weight needs a segmenter, and there is none; choose one, e.g. segmenter=mask2former")
-    if plan.guard is None:
-        return
-    if config.heldout is None:
-        raise ValueError(
-            f"{plan.key}.guard looks at a held-out reward, and there is none; add one, e.g. reward@heldout=embedded_heldout, or set "
-            f"{plan.key}.guard=null"
-        )
-    if unknown := set(plan.guard.steps) - set(stage.step_counts):
-        raise ValueError(
-            f"{plan.key}.guard.steps: the stage's adapter is made for {', '.join(map(str, stage.step_counts))} steps, not for "
-            f"{', '.join(map(str, sorted(unknown)))}"
-        )
 
 
 @dataclass(frozen=True)

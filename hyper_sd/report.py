@@ -241,7 +241,8 @@ def _grid_section(run_dir: Path, name: str, report: Mapping[str, Any]) -> str:
 
 def _changes_section(report: Mapping[str, Any]) -> str:
     lines = "".join(f"<li>{html.escape(line)}</li>" for line in _change_lines(report))
-    return f"<h2>What stages changed</h2><p>On the same prompts and noise; ± is one standard error.</p><ul>{lines}</ul>" if lines else ""
+    note = "On the same prompts and noise, the last stage and the one before it with the same samplers; ± is one standard error."
+    return f"<h2>What stages changed</h2><p>{note}</p><ul>{lines}</ul>" if lines else ""
 
 
 def _guard_section(stage: str, history: Sequence[Mapping[str, float]]) -> str:

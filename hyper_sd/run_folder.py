@@ -19,6 +19,8 @@ from hyper_sd.lock import LOCK, Lock
 from hyper_sd.resume import CONFIG, accepted_changes, config_to_yaml
 
 _STATUS_EVERY_S = 5.0
+_UNTRAINED = (LOCK, "config.yaml", "run.json")  # all that a run which failed before its first step has written
+_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 class RunFolder:
@@ -136,7 +138,7 @@ class RunFolder:
         if not os.access(parent, os.W_OK):
             raise ValueError(f"run.dir={self.path} cannot be written: no permission in {parent}; set another run.dir")
         self._lock.refuse()
-        if config.resume == "never" and self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
+        if config.resume == "never" and self.path.exists() and any(path.name not in _UNTRAINED for path in self.path.iterdir()):
             raise ValueError(f"run.dir={self.path} is not empty and resume=never; set resume=auto to go on with it, or another run.dir")
 
     def _read_status(self) -> dict[str, Any]:
@@ -150,7 +152,9 @@ def continue_command() -> str:
     """The command line that started this process, launcher and all, as it must be typed to go on."""
     script, *arguments = sys.argv
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
-    return shlex.join([*_words_before(script), script, *overrides, "resume=auto"])
+    devices = os.environ.get(_DEVICES)  # which a Makefile or a user may have set before the command
+    before = [] if devices is None else ["env", f"{_DEVICES}={devices}"]
+    return shlex.join([*before, *_words_before(script), script, *overrides, "resume=auto"])
 
 
 def _words_before(script: str) -> list[str]:

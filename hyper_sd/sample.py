@@ -26,7 +26,7 @@ from hyper_sd.config import TeacherConfig
 from hyper_sd.lora_file import inspect_lora
 from hyper_sd.lora_metadata import SAMPLER_KEY, SamplerRecipe, SamplerRow
 from hyper_sd.randomness import Purpose, generator, normal
-from hyper_sd.teachers import Teacher, inspect_teacher, load_pipeline
+from hyper_sd.teachers import Teacher, inspect_teacher, load_sampler
 
 SCHEDULERS = ("TCDScheduler", "DDIMScheduler", "LCMScheduler")
 
@@ -246,10 +246,9 @@ def draw_images(cfg: SampleConfig) -> list[Path]:
     if recipe is not None and cfg.steps not in recipe:
         raise ValueError(f"steps={cfg.steps}: lora={cfg.lora} is made for {' or '.join(map(str, recipe))} steps")
     files = _files(cfg)
-    pipe: Any = load_pipeline(cfg.teacher)
+    pipe = load_sampler(cfg.teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     middle = (cfg.teacher.guidance.min + cfg.teacher.guidance.max) / 2
     row = teacher_row(pipe.scheduler.config, cfg.steps, middle) if recipe is None else recipe[cfg.steps]
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     with adapter(pipe, None if cfg.lora is None else Path(cfg.lora)):
         latents = sample(pipe, [cfg.prompt] * cfg.num_images, row, seed=cfg.seed, image_size=cfg.teacher.image_size, batch_size=4)
     pixels = decode(pipe, latents, batch_size=1).permute(0, 2, 3, 1).numpy()

@@ -48,6 +48,7 @@ class ReFL(RollsOut):
     adapter: Literal["feedback", "student"] = "feedback"
     reward_weight: float = 1.0
     reference_weight: float = 1.0
+    reference_scale: float | None = None
     tscd_weight: float = 0.0
     perceptual_weight: float = 0.0
     perceptual_rollout: tuple[int, ...] = (2, 4)
@@ -61,6 +62,8 @@ class ReFL(RollsOut):
         check_not_negative("stage", self, *weights)
         if not any(getattr(self, name) for name in weights):
             raise ValueError(f"{', '.join(f'stage.{name}' for name in weights)} are all 0: nothing is left to learn")
+        if self.reference_scale is not None and self.reference_scale <= 0:
+            raise ValueError(f"stage.reference_scale must be positive, or null for a distance without a bound: got {self.reference_scale}")
         if self.perceptual_weight > 0:
             self._check_perceptual(num_steps)
 
@@ -135,7 +138,7 @@ class ReFL(RollsOut):
             tscd = self._tscd.student_loss(ctx.denoiser, batch, shared).value
             value, logs["tscd"] = value + self.tscd_weight * tscd, tscd.detach()
         if self.perceptual_weight > 0:
-            x = ctx.denoiser(self.student_role, *self.perceptual_input(ctx.denoiser, batch), batch.cond).x0
+            x = self.drawn(ctx.denoiser, ctx.denoiser(self.student_role, *self.perceptual_input(ctx.denoiser, batch), batch.cond))
             perceptual = perceptual_loss(ctx, x, batch)
             value, logs = value + self.perceptual_weight * perceptual.value, {**logs, **perceptual.logs}
         return Loss(value, logs)
@@ -144,17 +147,22 @@ class ReFL(RollsOut):
         """The rewards and the distance to the student before the stage, of one estimate."""
         denoiser = ctx.denoiser
         z, t = self.student_input(denoiser, batch)
-        x = denoiser(self.student_role, z, t, batch.cond).x0
+        x = self.drawn(denoiser, denoiser(self.student_role, z, t, batch.cond))
         value, logs = x.new_zeros(()), {}
         if self.reward_weight > 0:
             reward = reward_loss(ctx, x, batch)
             value, logs = value + self.reward_weight * reward.value, {**reward.logs, "reward": reward.value.detach()}
         if self.reference_weight > 0:
             with torch.no_grad():
-                before = denoiser(self.reference_role, z, t, batch.cond).x0
-            reference = (x - before).square().flatten(1).mean(1).mean()
+                before = self.drawn(denoiser, denoiser(self.reference_role, z, t, batch.cond))
+            reference = self.reference_distance(x, before).mean()
             value, logs["reference"] = value + self.reference_weight * reference, reference.detach()
         return Loss(value, logs)
+
+    def reference_distance(self, x: Tensor, before: Tensor) -> Tensor:
+        """d = |x - before|^2 a sample (B,), or c log(1 + d / c) with c = `reference_scale`: one that has left is let go."""
+        distance, scale = (x - before).square().flatten(1).mean(1), self.reference_scale
+        return distance if scale is None else scale * torch.log1p(distance / scale)
 
     @torch.no_grad()
     def perceptual_input(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor]:

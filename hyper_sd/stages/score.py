@@ -1,6 +1,6 @@
 """Score distillation of a few-step student (distribution matching; paper section 3.3, Eq. 8).
 
-The student draws x = f_student(z) from noise z; x is noised again, and two score networks judge where it should move:
+The student draws x = f_student(z) from noise z, as it is sampled; x is noised again, and two score networks judge where it should move:
 
     grad = (x0_fake - x0_real) / mean|x - x0_real|,    the gradient of KL(student || teacher) in x, per sample       (Eq. 8)
     L_student = 1/2 |x - stopgrad(x - grad)|^2 + ode |x - x_ode|^2 + tscd L_tscd + adversarial L_G + reward L_reward
@@ -84,6 +84,10 @@ class Score(RollsOut, TakesAdversarial):
         return self.reward_weight > 0
 
     @property
+    def uses_latents(self) -> bool:
+        return self.tscd_weight > 0 or self.adversarial is not None
+
+    @property
     def student_every(self) -> int:
         return self.fake_updates
 
@@ -110,7 +114,7 @@ class Score(RollsOut, TakesAdversarial):
         """Distribution matching on the student's own sample, plus what keeps it in place."""
         denoiser = ctx.denoiser
         z, t = self.student_input(denoiser, batch)
-        x = denoiser((STUDENT,), z, t, batch.cond).x0
+        x = self.drawn(denoiser, denoiser((STUDENT,), z, t, batch.cond))
         shared[_SAMPLE] = x.detach()
         grad, logs = self.matching_gradient(denoiser, batch, x.detach())
         value = 0.5 * (x - (x - grad).detach()).square().flatten(1).mean(1).mean()
@@ -134,7 +138,7 @@ class Score(RollsOut, TakesAdversarial):
         x = shared.get(_SAMPLE)
         if x is None:
             with torch.no_grad():
-                x = denoiser((STUDENT,), *self.student_input(denoiser, batch), batch.cond).x0
+                x = self.drawn(denoiser, denoiser((STUDENT,), *self.student_input(denoiser, batch), batch.cond))
             shared[_SAMPLE] = x
         t = self._times(batch.draws, Purpose.FAKE_TIMESTEP, denoiser.schedule.num_steps, x)
         eps = send(batch.draws.normal(Purpose.FAKE_NOISE, x.shape[1:]), x)
@@ -159,7 +163,7 @@ class Score(RollsOut, TakesAdversarial):
         grad = (fake - real) / scale.reshape(-1, *[1] * (x.ndim - 1))
         logs = {"matching_grad": grad.square().mean().sqrt(), "std_sample": x.std(), "std_real": real.std(), "std_fake": fake.std()}
         if len(x) > 1:
-            logs["variety"] = x.std(0).mean() / batch.x0.std(0).mean().clamp(min=1e-6)
+            logs["variety"] = x.std(0).mean()
         return grad, logs
 
     def real_prediction(self, denoiser: Denoiser, batch: Batch, x_t: Tensor, t: Tensor) -> Prediction:

@@ -1,17 +1,24 @@
 """Teachers by family. A new family is a new file and one line in `_family`."""
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
 
 from hyper_sd.config import TeacherConfig
-from hyper_sd.teachers.base import Teacher, TeacherFacts, load_stock_pipeline, read_facts
+from hyper_sd.teachers.base import Teacher, TeacherFacts, load_stock_pipeline, read_facts, read_layers
 
-__all__ = ["Teacher", "TeacherFacts", "base_dtype", "inspect_teacher", "load_pipeline", "load_teacher"]
+__all__ = ["Teacher", "TeacherFacts", "base_dtype", "inspect_teacher", "layer_names", "load_pipeline", "load_sampler", "load_teacher"]
 
 
 def inspect_teacher(cfg: TeacherConfig) -> TeacherFacts:
     """What the configuration files at `teacher.path` say, without loading a weight; ValueError naming the key if they do not fit."""
     return read_facts(cfg, _family(cfg))
+
+
+def layer_names(cfg: TeacherConfig) -> list[str]:
+    """The paths of the network's linear and convolutional layers, which adapters can be on; without loading a weight."""
+    return read_layers(cfg)
 
 
 def load_teacher(cfg: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
@@ -26,6 +33,14 @@ def load_pipeline(cfg: TeacherConfig, dtype: torch.dtype = torch.float32) -> Dif
     family = _family(cfg)
     read_facts(cfg, family)
     return load_stock_pipeline(cfg, family, {"default": dtype})
+
+
+def load_sampler(cfg: TeacherConfig, device: torch.device) -> Any:
+    """The stock pipeline on `device`, to draw with: on a GPU in teacher.dtype, the VAE in float32 (SDXL's overflows in half precision)."""
+    dtype = base_dtype(cfg, device) if device.type == "cuda" else torch.float32
+    family = _family(cfg)
+    read_facts(cfg, family)
+    return load_stock_pipeline(cfg, family, {"default": dtype, "vae": torch.float32}).to(device)
 
 
 def base_dtype(cfg: TeacherConfig, device: torch.device) -> torch.dtype:

@@ -172,6 +172,13 @@ def read_facts(cfg: TeacherConfig, family: type[Teacher]) -> TeacherFacts:
     return TeacherFacts(cfg.path, family.architecture, image_size, latent_shape, schedule, prediction, fingerprint)
 
 
+def read_layers(cfg: TeacherConfig) -> list[str]:
+    """The paths of the linear and convolutional layers of the UNet at `teacher.path`."""
+    with torch.device("meta"):
+        net: Any = UNet2DConditionModel.from_config(_config(UNet2DConditionModel, cfg, "unet"))
+    return [path for path, module in net.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+
+
 def load_stock_pipeline(cfg: TeacherConfig, family: type[Teacher], dtypes: Mapping[str, torch.dtype]) -> DiffusionPipeline:
     """A fresh stock pipeline, safety checker off; `dtypes` by component, and "default". Reads safetensors only, never a pickle."""
     path, options = _location(cfg)

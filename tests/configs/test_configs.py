@@ -25,7 +25,7 @@ from hyper_sd.ablation import check_equal_cost
 from hyper_sd.cli import compose, literal, submitted
 from hyper_sd.config import FeaturesConfig, FilesConfig, RewardConfig, RunConfig, SegmenterConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
-from hyper_sd.plan import check_plan
+from hyper_sd.plan_checks import check_plan
 from hyper_sd.roles import LoraSpec
 from hyper_sd.stages.refl import ReFL
 from hyper_sd.stages.score import Score

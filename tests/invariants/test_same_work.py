@@ -14,7 +14,7 @@ from hyper_sd.denoiser import Denoiser
 from hyper_sd.guidance import Cond
 from hyper_sd.objective import Context, Stage
 from hyper_sd.plain_engine import PlainEngine
-from hyper_sd.plan import check_work
+from hyper_sd.plan_checks import check_work
 from hyper_sd.stages.adversarial import Adversarial
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import TSCD, GuidanceRange

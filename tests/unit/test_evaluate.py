@@ -13,13 +13,14 @@ from hyper_sd.cli import compose
 from hyper_sd.commands import DiversityConfig, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
-from hyper_sd.evaluate import Evaluation, _best, evaluate, evaluate_again, evaluate_lora, evaluate_run, read_run
+from hyper_sd.evaluate import Evaluation, evaluate, evaluate_again, evaluate_lora, evaluate_run, read_run
 from hyper_sd.measure import Evaluator, Job, Row, make_draw
 from hyper_sd.metrics import Jackknifed
 from hyper_sd.processes import Processes
 from hyper_sd.report import table, write
 from hyper_sd.sample import read_recipe, recipe_to_json, stage_recipe, tcd_row
 from hyper_sd.stages.tscd import STEP_COUNTS
+from hyper_sd.sweep import _best
 from hyper_sd.teachers import inspect_teacher
 from tests.adapters import teacher_config, write_adapter
 from tests.released import write_reward
@@ -221,6 +222,8 @@ def test_equal_jobs_are_sampled_once(teacher: TeacherConfig, files: dict[str, Pa
     ("changes", "message"),
     [
         ({"judge": "embedded", "prompts": 3}, "eval.prompts must be at least 4"),
+        ({"judge": "embedded", "sweep_prompts": 2}, "eval.sweep_prompts must be at least 4"),
+        ({"prompts": 0}, "eval.prompts=0: there is nothing to evaluate on"),
         ({"judge": None}, "eval.judge=null takes its prompts from the data"),
     ],
 )

@@ -12,7 +12,7 @@ from hyper_sd.checkpoint import latest_checkpoint
 from hyper_sd.cli import compose
 from hyper_sd.config import run_config
 from hyper_sd.guard import falls
-from hyper_sd.plan import check_plan
+from hyper_sd.plan_checks import check_plan
 from hyper_sd.teachers import inspect_teacher
 from tests.released import write_reward
 from tests.runs import adapters, assert_same, train

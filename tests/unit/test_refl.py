@@ -1,5 +1,6 @@
 """The feedback stage against its equations."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,6 +68,16 @@ def test_above_alpha_nothing_is_asked_for() -> None:
     assert value.item() == 0 and all(not gradient.any() for gradient in gradients(ctx, ("feedback",), value))
 
 
+def test_a_bounded_reference_holds_what_is_near_and_lets_go_of_what_has_left() -> None:
+    before, stage = torch.zeros(2, *SHAPE), ReFL(reference_scale=0.01)
+    x = torch.stack([torch.full(SHAPE, 1e-3), torch.full(SHAPE, 1.0)]).requires_grad_()
+    distance = stage.reference_distance(x, before)
+    torch.testing.assert_close(distance, torch.tensor([1e-6, 0.01 * math.log(101.0)]), rtol=1e-4, atol=0.0)
+    (grad,) = torch.autograd.grad(distance.sum(), x)
+    (squared,) = torch.autograd.grad(ReFL().reference_distance(x, before).sum(), x)
+    torch.testing.assert_close((grad / squared).flatten(1).mean(1), torch.tensor([1.0, 1 / 101]), rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize(("adapter", "role"), [("feedback", ("student", "feedback")), ("student", ("student",))])
 def test_the_student_gradient_is_that_of_the_formula(adapter: str, role: Role) -> None:
     ctx = context(tiny_denoiser(ADAPTERS))
@@ -75,9 +86,9 @@ def test_the_student_gradient_is_that_of_the_formula(adapter: str, role: Role) -
 
     z, t = stage.student_input(ctx.denoiser, batch())
     assert t.eq(499).all()
-    x0 = ctx.denoiser(role, z, t, batch().cond).x0
-    before = ctx.denoiser(("student",) if adapter == "feedback" else ("reference",), z, t, batch().cond).x0.detach()
-    wanted = 0.7 * hinges(decode(x0), 50.0) + 3.0 * (x0 - before).square().mean()
+    end, reference = torch.full((8,), -1), ("student",) if adapter == "feedback" else ("reference",)
+    x, before = (ctx.denoiser.jump(ctx.denoiser(r, z, t, batch().cond), end) for r in (role, reference))
+    wanted = 0.7 * hinges(decode(x), 50.0) + 3.0 * (x - before.detach()).square().mean()
     for mine, theirs in zip(got, gradients(ctx, stage.trains, wanted), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
 
@@ -197,6 +208,7 @@ def test_a_reward_of_a_score_stage_adds_its_hinge() -> None:
         ({"reference_weight": -1.0}, "stage.reference_weight must not be negative"),
         ({"reward_weight": 0.0, "reference_weight": 0.0}, "nothing is left to learn"),
         ({"perceptual_weight": -1.0}, "stage.perceptual_weight must not be negative"),
+        ({"reference_scale": 0.0}, "stage.reference_scale must be positive, or null for a distance without a bound: got 0.0"),
         ({"perceptual_weight": 1.0, "perceptual_rollout": (3,)}, "stage.perceptual_rollout must be step counts that divide"),
         ({"perceptual_weight": 1.0, "perceptual_rollout": (1,)}, "stage.perceptual_start must be a timestep from 999"),
         ({"perceptual_weight": 1.0, "perceptual_start": 1000}, "to 999: got 1000"),
@@ -247,8 +259,9 @@ def test_the_perceptual_gradient_is_that_of_the_formula(adapter: str, slice: int
     eps, fresh = (draws.normal(Purpose.ROLLOUT_NOISE, SHAPE, *number).double() for number in ((), (1,)))
     t, u = torch.full((8,), 499), torch.full((8,), 249)
     z = denoiser.noise(of.x0, eps, t)
-    z = denoiser.noise(denoiser(role, z, t, of.cond).x0, fresh, u).detach()
-    images = decode(denoiser(role, z, u, of.cond).x0)
+    s, end = torch.zeros_like(u), torch.full_like(u, -1)
+    z = denoiser.renoise(denoiser.jump(denoiser(role, z, t, of.cond), s), s, fresh, u).detach()
+    images = decode(denoiser.jump(denoiser(role, z, u, of.cond), end))
     wanted = segment(images, of.instances).mean()
     torch.testing.assert_close(loss.value, (0.3 * wanted).to(loss.value), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(loss.logs["perceptual"].double(), wanted.detach(), rtol=1e-5, atol=1e-7)
