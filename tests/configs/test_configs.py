@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import os
 import shutil
 import signal
@@ -193,6 +194,28 @@ def test_an_optimizer_of_an_adapter_that_is_not_there_is_refused() -> None:
     config = run_of("+stages.score.optimizers.fakes.lr=1e-3")
     with pytest.raises(ValueError, match=r"stages\.score\.optimizers: there is no fakes to train; the stage trains student, fake, heads"):
         check_plan(config, inspect_teacher(config.teacher))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("eval.start=812", "eval.start must be a timestep of the samplers' grid, 24, 49, ... 999: got 812; or null for the last"),
+        ("eval.start=3", "eval.start must be a timestep of the samplers' grid"),
+        ("eval.start=5000", "eval.start must be a timestep of the samplers' grid"),
+        ("eval.prompts=2", "eval.prompts must be at least 4, for a Fréchet distance, or 0: got 2"),
+        ("eval.sweep_prompts=3", "eval.sweep_prompts must be at least 4"),
+        ("lora.targets=[to_q,to_kk]", "lora.targets: no layer of the network ends in 'to_kk'; did you mean to_k?"),
+    ],
+)
+def test_what_cannot_be_trained_or_measured_is_refused_before_weights_load(override: str, message: str) -> None:
+    config = run_of(override)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_plan(config, inspect_teacher(config.teacher))
+
+
+def test_a_start_that_no_stage_leaves_to_the_samplers_is_free() -> None:
+    config = run_of("eval.start=812", "only=[refl]")
+    check_plan(config, inspect_teacher(config.teacher))
 
 
 def test_a_stage_can_be_dropped_and_added() -> None:

@@ -14,6 +14,7 @@ from hyper_sd.objective import Batch, Context, Objective, Shared
 from hyper_sd.randomness import Draws, Purpose, normal
 from hyper_sd.roles import LoraSpec, Roles
 from hyper_sd.schedule import PredictionType
+from hyper_sd.stages.adversarial import Adversarial
 from hyper_sd.stages.score import Score
 from hyper_sd.stages.tscd import GuidanceRange
 from tests.networks import SHAPE, constant_x0_denoiser, sd_schedule, tiny_batch, tiny_denoiser, unet_batch, unet_denoiser
@@ -208,6 +209,20 @@ def test_any_teacher_runs_the_same_stage(prediction: PredictionType, real_score:
         value = objective.loss(tiny_batch(), {}).value
         assert value.isfinite() and value > 0
         assert all(g.isfinite().all() for g in gradients(denoiser, objective.trains[0], value))
+
+
+@pytest.mark.parametrize(
+    ("changes", "looks"),
+    [({}, False), ({"tscd_weight": 0.5, "ode_weight": 0.0}, True), ({"adversarial": Adversarial(weight=0.1, real="data")}, True)],
+)
+def test_clean_latents_are_only_asked_for_where_they_are_looked_at(changes: dict[str, object], looks: bool) -> None:
+    """Score distillation alone needs prompts and no images."""
+    stage = Score(rollout=(1,), **changes)  # pyright: ignore[reportArgumentType]
+    assert stage.uses_latents == looks
+    if stage.adversarial is None:
+        denoiser, batch = tiny_denoiser(ADAPTERS), tiny_batch()
+        values = [student_loss(stage, denoiser, of) for of in (batch, replace(batch, x0=torch.zeros_like(batch.x0)))]
+        assert looks == (not torch.equal(*values))
 
 
 @pytest.mark.parametrize(
