@@ -209,6 +209,9 @@ class Run:
     def train(self, watchdog: Watchdog) -> bool:
         """Returns False if the run was told to stop before the last stage was finished."""
         handed = Path(self.config.init) if self.config.init is not None else None
+        first, *_ = self.config.selected
+        if self.engine.is_main and handed is None and first != next(iter(self.config.stages)):
+            print(f"only: {first} starts from a fresh adapter; init=FILE.safetensors starts it from that of an earlier stage", flush=True)
         self.source.check(self.teacher)
         bad = BadSamples(self.folder.path / "bad_samples.jsonl", self.config.data.max_bad_fraction)
         if self.engine.is_main:

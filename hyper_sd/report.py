@@ -255,9 +255,10 @@ def _guard_section(stage: str, history: Sequence[Mapping[str, float]]) -> str:
         low, span = min(values), max(max(values) - min(values), 1e-9)
         points = " ".join(f"{600 * row['step'] / last:.1f},{150 - 140 * (row[name] - low) / span:.1f}" for row in history)
         label = f"{html.escape(name)}: {values[0]:.4f} to {values[-1]:.4f}, at most {max(values):.4f}"
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/><title>{label}</title>')
-        lines.append(f'<text x="610" y="{20 + 20 * len(lines)}" fill="{color}" font-size="14">{label}</text>')
-    svg = f'<svg viewBox="0 0 1000 160" width="1000" height="160" role="img">{"".join(lines)}</svg>'
+        line = f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"><title>{label}</title></polyline>'
+        lines.append(f'{line}<text x="610" y="{20 + 24 * len(lines)}" fill="{color}" font-size="14">{label}</text>')
+    height = max(160, 24 * len(lines) + 10)
+    svg = f'<svg viewBox="0 0 1000 {height}" width="1000" height="{height}" role="img">{"".join(lines)}</svg>'
     return f"<h2>Rewards while {html.escape(stage)} was trained</h2><p>Steps 0 to {last:g}.</p>{svg}"
 
 

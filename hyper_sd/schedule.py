@@ -67,17 +67,6 @@ def to_x0_eps(output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, predict
     return (x_t - sigma * output) / (alpha + sigma), (x_t + alpha * output) / (alpha + sigma)
 
 
-def from_x0_eps(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: PredictionType) -> Tensor:
-    """The network output that stands for (x0, eps): the inverse of `to_x0_eps`, and the training target of a teacher."""
-    if prediction == "eps":
-        return eps
-    if prediction == "x0":
-        return x0
-    if prediction == "v":
-        return alpha * eps - sigma * x0
-    return eps - x0
-
-
 @dataclass(frozen=True)
 class SolverGrid:
     """N solver points tau_i = T i / N for i = 1..N, cut into k segments of N / k points; tau_0 = 0 is the clean end.

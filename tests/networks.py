@@ -11,7 +11,7 @@ from hyper_sd.guidance import Cond
 from hyper_sd.objective import Batch
 from hyper_sd.randomness import Draws, normal
 from hyper_sd.roles import LoraSpec, Roles
-from hyper_sd.schedule import PredictionType, Schedule, from_x0_eps, per_sample, to_x0_eps
+from hyper_sd.schedule import PredictionType, Schedule, per_sample, to_x0_eps
 
 SHAPE = (3, 4, 4)
 COND_SIZE = 5
@@ -129,3 +129,14 @@ def tiny_batch(samples: Sequence[int] = range(8), *, step: int = 0, seed: int = 
 def unet_batch(samples: Sequence[int] = range(4), *, step: int = 0) -> Batch:
     cond = normal((2,), samples, (3, 16))
     return Batch(normal((1,), samples, (4, 8, 8)), (cond,), (torch.zeros_like(cond),), Draws(0, step, tuple(samples)))
+
+
+def from_x0_eps(x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor, prediction: PredictionType) -> Tensor:
+    """The network output that stands for (x0, eps): the inverse of `to_x0_eps`."""
+    if prediction == "eps":
+        return eps
+    if prediction == "x0":
+        return x0
+    if prediction == "v":
+        return alpha * eps - sigma * x0
+    return eps - x0

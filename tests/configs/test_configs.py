@@ -3,8 +3,8 @@
 import argparse
 import dataclasses
 import json
-import re
 import os
+import re
 import shutil
 import signal
 import subprocess

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hyper_sd.schedule import PredictionType, Schedule, SolverGrid, from_x0_eps, to_x0_eps
-from tests.networks import sd_schedule, sd_scheduler
+from hyper_sd.schedule import PredictionType, Schedule, SolverGrid, to_x0_eps
+from tests.networks import from_x0_eps, sd_schedule, sd_scheduler
 
 T = 1000
 DIVISORS = [n for n in range(1, T + 1) if T % n == 0]
