@@ -83,7 +83,7 @@ def measure(config: RunConfig, processes: Processes) -> dict[str, Any]:
     draw = make_draw(config.eval, 0, config.eval.prompts)
     evaluator = Evaluator.open(config.teacher, config.eval, processes)
     jobs = {(plan, row, seed): job for plan, seed, run in runs_of(config) for row, job in _jobs(run, evaluator).items()}
-    rows = evaluator.measure(jobs, [draw], evaluator.end_points([draw]))
+    rows = evaluator.measure(jobs, [draw], evaluator.end_points([draw], config.eval.end_points))
     return {
         "seeds": config.seeds or 1,
         "prompts": config.eval.prompts,

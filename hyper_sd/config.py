@@ -147,6 +147,7 @@ class EvalConfig:
     draws: Count = 1
     sweep_prompts: NonNegativeInt = 0
     reference: Count = 8192
+    end_points: Count | None = None
     guidance: Annotated[float, Range(low=1)] | None = None
     eta: Annotated[float, Range(low=0, high=1)] = 1.0
     start: NonNegativeInt | None = None

@@ -191,7 +191,7 @@ def evaluate(
     last = None if final is None else Adapter(final, read_recipe(final, facts.fingerprint))
     evaluator = Evaluator.open(teacher, cfg, processes)
     draws = [make_draw(cfg, number, cfg.prompts, source) for number in range(cfg.draws)]
-    ends = evaluator.end_points(draws)
+    ends = evaluator.end_points(draws, cfg.end_points)
     opened = _open_metrics(metrics, cfg, source, processes)
     choice = choose(evaluator, cfg, draws, ends, last, opened)
     if last is not None:  # the last stage's adapter is the final one
@@ -256,6 +256,7 @@ def _facts(evaluator: Evaluator, cfg: EvalConfig, draws: list[Draw], started: fl
         "judge": cfg.judge,
         "seed": cfg.seed,
         "end_point_steps": 2 * cfg.teacher_steps,
+        "end_points": min(cfg.end_points or cfg.prompts, cfg.prompts),
         "wall_s": round(time.monotonic() - started, 1),
         "device": str(evaluator.pipe.device),
         "processes": evaluator.processes.world_size,

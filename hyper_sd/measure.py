@@ -8,7 +8,7 @@ the same noise, at the teacher's guidance.
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,7 +160,7 @@ class Evaluator:
         metrics: ImageMetrics | None = None,
         title: str = "evaluation",
     ) -> dict[K, Row]:
-        """One row a job. `ends` are the end points that latents are compared with, one tensor a draw. Nothing is sampled twice."""
+        """One row a job. `ends` are the end points that the draws' first latents are compared with. Nothing is sampled twice."""
         asked = [[draw.seed, len(draw.prompts)] for draw in draws], ends is not None, metrics is not None
         names = {key: json.dumps([_identity(job), *asked], sort_keys=True) for key, job in jobs.items()}
         pending = {names[key]: job for key, job in jobs.items() if names[key] not in self.done}
@@ -174,9 +174,10 @@ class Evaluator:
                             self.done[name] = self._row(job.sampler, draws, ends, metrics, bar)
         return {key: self.done[name] for key, name in names.items()}
 
-    def end_points(self, draws: Sequence[Draw]) -> list[Tensor]:
-        """The teacher's clean latents, at twice the steps of its row: where its trajectories end."""
+    def end_points(self, draws: Sequence[Draw], num: int | None = None) -> list[Tensor]:
+        """The teacher's clean latents for the first `num` prompts of every draw, at twice the steps of its row: where trajectories end."""
         row = self.teacher_row(2 * self.teacher_steps)
+        draws = [replace(draw, prompts=draw.prompts[:num]) for draw in draws]
         total = sum(len(draw.prompts) for draw in draws) * _cost(row)
         with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc="the teacher's end points", disable=self._silent) as bar:
             return [self._sample(row, draw, bar) for draw in draws]
@@ -193,7 +194,7 @@ class Evaluator:
         for number, draw in enumerate(draws):
             latents = self._sample(sampler, draw, bar)
             if ends is not None:
-                error.append((latents - ends[number]).square().flatten(1).mean(1))
+                error.append((latents[: len(ends[number])] - ends[number]).square().flatten(1).mean(1))
             grid = decode(self.pipe, latents[:NUM_GRID], self.batch_size) if grid is None else grid
             if self.judge is None and metrics is None:
                 continue

@@ -218,6 +218,40 @@ def test_equal_jobs_are_sampled_once(teacher: TeacherConfig, files: dict[str, Pa
     assert not torch.equal(rows["a"].images, rows["teacher"].images)
 
 
+def test_some_prompts_can_stand_for_all_in_the_distance_to_the_teacher(teacher: TeacherConfig, files: dict[str, Path]):
+    draws = [make_draw(settings(), 0, 6, Captions())]
+    job = {"": Job(files["tscd_1"], tcd_row(BETAS, 2, solver_steps=8, eta=0.0))}
+
+    def error(num: int | None) -> torch.Tensor:
+        evaluator = Evaluator.open(teacher, settings(), Processes(1))
+        error = evaluator.measure(job, draws, evaluator.end_points(draws, num))[""].error
+        assert error is not None
+        return error
+
+    assert len(error(None)) == 6
+    torch.testing.assert_close(error(2), error(None)[:2])
+
+
+def test_the_last_stage_is_compared_with_the_one_before_it_by_the_same_samplers(
+    teacher: TeacherConfig, files: dict[str, Path], tmp_path: Path
+):
+    rewards = {"embedded_heldout": RewardConfig(kind="embedded_heldout", alpha=1.0)}
+    stages = {}
+    for seed, (name, eta) in enumerate((("refl", 1.0), ("score", 0.3))):
+        stages[name] = tmp_path / name / "lora.safetensors"
+        write_adapter(stages[name], teacher, stage_recipe(BETAS, (1, 2), solver_steps=8, eta=eta), stage=name, seed=seed)
+    metrics = MetricsConfig(names=tuple(rewards), rewards=rewards)
+    cfg = settings(judge="embedded", prompts=8, eta=1.0)
+    found = evaluate(teacher, cfg, stages, stages["score"], Processes(1), metrics=metrics)
+    alike = found.alike["refl"]
+    assert [alike[n].sampler for n in (1, 2)] == [found.final[n].sampler for n in (1, 2)]
+    assert alike[2].sampler.eta == 0.3 and found.stages["refl"][2].sampler.eta == 1.0
+    change = found.to_json()["changes"]["score"]
+    after, before = (row.scores["embedded_heldout"].mean() for row in (found.stages["score"][2], alike[2]))
+    assert change["before"] == "refl"
+    assert change["steps"]["2"]["rewards"]["embedded_heldout"]["difference"] == pytest.approx(float(after - before), abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
