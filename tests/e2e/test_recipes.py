@@ -240,7 +240,7 @@ def test_trackers(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ),
         (
             "ablation",
-            [*SHORT, "plans.dmd.score.max_steps=22", "plans.tcd_dmd.tcd.max_steps=8"],
+            [*GPU_SHORT, "plans.dmd.score.max_steps=18", "plans.tcd_dmd.tcd.max_steps=8"],
             {"full": {"before score at 2 steps", "final at 1 step"}, "dmd": {"final at 1 step"}, "tcd_dmd": {"before score at 2 steps"}},
         ),
     ],
