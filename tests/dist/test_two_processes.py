@@ -14,9 +14,9 @@ LAUNCH = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "confi
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    teacher = tiny_sd15(tmp_path / "teacher")
-    one = train(teacher, tmp_path / "one", "eval.prompts=5")
-    finish(start(teacher, tmp_path / "two", "eval.prompts=5", launcher=LAUNCH))
+    teacher, settings = tiny_sd15(tmp_path / "teacher"), ("eval.prompts=5", "stages.score.adversarial={weight: 0.1, real: data}")
+    one = train(teacher, tmp_path / "one", *settings)
+    finish(start(teacher, tmp_path / "two", *settings, launcher=LAUNCH))
     assert_same(adapters(one), adapters(tmp_path / "two"), tolerance=5e-3)
     heads = [load_checkpoint(run / "score" / "checkpoints" / "step_00000004").adapters["heads"] for run in (one, tmp_path / "two")]
     assert_same(*heads, tolerance=5e-3)
