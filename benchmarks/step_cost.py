@@ -18,9 +18,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -258,7 +258,10 @@ def parse(argv: list[str]) -> Options:
 
 
 def parse_as(cls: type[T], argv: list[str]) -> T:
-    """`key=value` arguments as a dataclass; raises ValueError naming the key."""
+    """`key=value` arguments as a dataclass, or `--help`; raises ValueError naming the key."""
+    if "--help" in argv or "-h" in argv:
+        print(usage(cls))
+        raise SystemExit(0)
     values: dict[str, Any] = {}
     for argument in argv:
         key, equals, value = argument.partition("=")
@@ -269,6 +272,19 @@ def parse_as(cls: type[T], argv: list[str]) -> T:
         except json.JSONDecodeError:
             values[key] = value
     return structured(cls, values)
+
+
+def usage(cls: type) -> str:
+    """What the program does, and every option with its default and what is allowed."""
+    hints = get_type_hints(cls)
+    options = (f"  {field.name}={json.dumps(field.default)}".ljust(32) + _allowed(hints[field.name]) for field in fields(cls))
+    return "\n".join([str(sys.modules[cls.__module__].__doc__), *options])
+
+
+def _allowed(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "|".join(map(str, get_args(hint)))
+    return " or ".join(map(_allowed, get_args(hint))) if get_args(hint) else {"NoneType": "null"}.get(hint.__name__, hint.__name__)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from hyper_sd.structured import Count, NonNegative, NonNegativeInt, Range, sugge
 
 DISTANCES = ("fid", "kid", "cmmd")
 DIVERSITY = "diversity"
+_TRAININGS_OWN = ("every_steps", "eta", "start", "student_guidance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class SampleConfig:
 
     prompt: str
     lora: str | None
-    steps: Count
+    steps: Count | None
     num_images: Count
     seed: NonNegativeInt
     out: str
@@ -96,6 +97,14 @@ class EvaluateConfig:
         _ = self.measured  # refuses metrics that do not exist
         if (self.run is None) == (self.lora is None):
             raise ValueError(f"run, lora: give one of them, run=DIR or lora=FILE; got run={self.run} and lora={self.lora}")
+        if self.run is not None and self.out is not None:
+            raise ValueError(f"out={self.out}: is for lora=FILE; the report of a run is written into its own directory, run={self.run}")
+        for name in _TRAININGS_OWN:
+            if (given := getattr(self.eval, name)) != getattr(EvalConfig, name, None):
+                raise ValueError(
+                    f"eval.{name}={given}: is for training; here an adapter is sampled as its file says, or with what "
+                    "eval.sweep_prompts chooses"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,7 @@ from hyper_sd.randomness import Purpose, generator, normal
 from hyper_sd.teachers import Teacher, inspect_teacher, load_sampler
 
 SCHEDULERS = ("TCDScheduler", "DDIMScheduler", "LCMScheduler")
+_USUAL_STEPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +244,11 @@ def draw_images(cfg: SampleConfig) -> list[Path]:
     """
     facts = inspect_teacher(cfg.teacher)
     recipe = None if cfg.lora is None else read_recipe(Path(cfg.lora), facts.fingerprint)
-    if recipe is not None and cfg.steps not in recipe:
-        raise ValueError(f"steps={cfg.steps}: lora={cfg.lora} is made for {' or '.join(map(str, recipe))} steps")
-    files = _files(cfg)
+    steps = _num_steps(cfg, recipe)
+    files = _files(cfg, steps)
     pipe = load_sampler(cfg.teacher, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     middle = (cfg.teacher.guidance.min + cfg.teacher.guidance.max) / 2
-    row = teacher_row(pipe.scheduler.config, cfg.steps, middle) if recipe is None else recipe[cfg.steps]
+    row = teacher_row(pipe.scheduler.config, steps, middle) if recipe is None else recipe[steps]
     with adapter(pipe, None if cfg.lora is None else Path(cfg.lora)):
         latents = sample(pipe, [cfg.prompt] * cfg.num_images, row, seed=cfg.seed, image_size=cfg.teacher.image_size, batch_size=4)
     pixels = decode(pipe, latents, batch_size=1).permute(0, 2, 3, 1).numpy()
@@ -268,7 +268,16 @@ def read_recipe(file: Path, fingerprint: Mapping[str, Any]) -> Recipe:
     return recipe_from_json(header.info.recipe)
 
 
-def _files(cfg: SampleConfig) -> list[Path]:
+def _num_steps(cfg: SampleConfig, recipe: Recipe | None) -> int:
+    if recipe is None:
+        return cfg.steps or _USUAL_STEPS
+    steps = cfg.steps or (_USUAL_STEPS if _USUAL_STEPS in recipe else max(recipe))
+    if steps not in recipe:
+        raise ValueError(f"steps={steps}: lora={cfg.lora} is made for {' or '.join(map(str, recipe))} steps")
+    return steps
+
+
+def _files(cfg: SampleConfig, steps: int) -> list[Path]:
     """Names that are free: out itself if it is a .png, else files in that directory named after what is drawn."""
     out = Path(cfg.out)
     if out.suffix.lower() == ".png":
@@ -278,7 +287,7 @@ def _files(cfg: SampleConfig) -> list[Path]:
         return files
     words = "_".join(re.findall(r"\w+", cfg.prompt))[:80].rstrip("_") or "empty_prompt"
     numbers = itertools.count()
-    free = (file for file in (out / f"{words}_{cfg.steps}steps_seed{cfg.seed}_{i}.png" for i in numbers) if not file.exists())
+    free = (file for file in (out / f"{words}_{steps}steps_seed{cfg.seed}_{i}.png" for i in numbers) if not file.exists())
     return list(itertools.islice(free, cfg.num_images))
 
 

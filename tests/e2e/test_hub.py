@@ -12,8 +12,8 @@ import pytest
 from hyper_sd.processes import Processes
 from tests.hub import running
 from tests.runs import ROOT
+from tests.shards import picture
 from tests.tiny import tiny_sd15
-from tests.unit.test_data import picture
 from tests.unit.test_data_docs import BLOCKS
 from tests.unit.test_prepare import made
 

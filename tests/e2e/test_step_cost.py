@@ -71,3 +71,13 @@ def test_values_are_typed() -> None:
     assert (options.teacher, options.compile, options.peak_tflops) == ("sdxl_random", True, 989.0)
     with pytest.raises(ValueError, match="steps"):
         parse(["steps=0"])
+
+
+def test_help_says_what_it_does_and_every_option_with_what_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("What a training step costs")
+    for line in ('stage="tscd"  tscd|tscd_adversarial|score|refl|refl_perceptual', "threads=null  int or null", "steps=30  int"):
+        assert line.split() in [shown.split() for shown in text.splitlines()]

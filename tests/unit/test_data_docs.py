@@ -19,7 +19,7 @@ from hyper_sd.prepare.inputs import Item, units
 from hyper_sd.structured import resolved, structured
 from tests.fixtures.render import PHOTOS
 from tests.runs import ROOT
-from tests.unit.test_data import write_tar
+from tests.shards import write_tar
 
 DOCS = (ROOT / "docs" / "data.md").read_text()
 BLOCKS = "\n".join(re.findall(r"```sh\n(.*?)```", DOCS, re.DOTALL)).replace("\\\n", " ")

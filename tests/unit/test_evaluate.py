@@ -20,6 +20,7 @@ from hyper_sd.processes import Processes
 from hyper_sd.report import table, write
 from hyper_sd.sample import read_recipe, recipe_to_json, stage_recipe, tcd_row
 from hyper_sd.stages.tscd import STEP_COUNTS
+from hyper_sd.structured import resolved, structured
 from hyper_sd.sweep import _best
 from hyper_sd.teachers import inspect_teacher
 from tests.adapters import teacher_config, write_adapter
@@ -338,6 +339,21 @@ def test_a_run_or_a_file_not_both(teacher: TeacherConfig):
             EvaluateConfig(
                 run=run, lora=lora, steps=(1,), out=None, eval=settings(), teacher=teacher, data=DataConfig(kind="scenes", batch_size=1)
             )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("out=x", r"out=x: is for lora=FILE; the report of a run is written into its own directory, run=r"),
+        ("eval.eta=0.5", r"eval\.eta=0\.5: is for training; here an adapter is sampled as its file says"),
+        ("eval.start=899", r"eval\.start=899: is for training"),
+        ("eval.student_guidance=3", r"eval\.student_guidance=3\.0: is for training"),
+        ("eval.every_steps=5", r"eval\.every_steps=5: is for training"),
+    ],
+)
+def test_keys_that_would_be_ignored_are_refused(override: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        structured(EvaluateConfig, resolved(compose("evaluate", ["run=r", override])))
 
 
 def write_run(folder: Path, teacher: TeacherConfig, files: dict[str, Path]) -> Path:

@@ -16,7 +16,7 @@ from hyper_sd.config import DataConfig, DataPart
 from hyper_sd.data import Prefetcher, Samples, Source, build_source
 from hyper_sd.data.order import BucketOrder, EpochOrder, MixOrder
 from tests.caches import write_cache
-from tests.unit.test_data import image_shard
+from tests.shards import image_shard
 
 SQUARE, WIDE, TALL = (64, 64), (48, 80), (80, 48)
 

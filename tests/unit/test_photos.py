@@ -18,7 +18,7 @@ from hyper_sd.data.images import decode, place
 from hyper_sd.prepare.filters import buckets, nearest, sharpness
 from hyper_sd.prepare.inputs import Item, units
 from tests.fixtures.render import CAPTION, PHOTOS, landscape
-from tests.unit.test_data import write_tar
+from tests.shards import write_tar
 
 BAD = {
     "bomb.png": "too many pixels",

@@ -30,8 +30,8 @@ from hyper_sd.teachers import Teacher, load_teacher
 from tests.caches import write_cache
 from tests.fixtures.render import CAPTION, PHOTOS, landscape
 from tests.runs import adapters, assert_same, train
+from tests.shards import encoded, image_folder, picture, write_tar
 from tests.tiny import tiny_sd15, tiny_sdxl
-from tests.unit.test_data import encoded, image_folder, picture, write_tar
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from hyper_sd.data import build_source, s3, storage
 from hyper_sd.prepare.inputs import units
 from hyper_sd.processes import Processes
 from tests.caches import write_cache
+from tests.shards import image_shard, number_of
 from tests.tiny import tiny_sd15
-from tests.unit.test_data import image_shard, number_of
 from tests.unit.test_prepare import latents_of, made
 
 SECRET = "a-secret-that-nobody-may-read"

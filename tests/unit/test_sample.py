@@ -298,6 +298,15 @@ def test_a_step_count_without_a_sampler_is_refused(tmp_path: Path, config: Teach
     assert not (tmp_path / "out").exists()
 
 
+def test_without_a_step_count_it_is_four_or_what_the_lora_is_for(tmp_path: Path, config: TeacherConfig, file: Path):
+    only = tmp_path / "tscd_8.safetensors"
+    write_adapter(only, config, stage_recipe(BETAS, (8,), solver_steps=40))
+    for lora, steps in ((file, 4), (only, 8), (None, 4)):
+        (image,) = draw_images(sample_config(config, lora, tmp_path / "out", steps=None, num_images=1))
+        assert f"_{steps}steps_" in image.name
+        image.unlink()
+
+
 def test_a_lora_of_another_teacher_is_refused(tmp_path: Path, file: Path):
     other = teacher_config(tiny_sd15(tmp_path / "other", latent_channels=8))
     with pytest.raises(ValueError, match="another base model"):

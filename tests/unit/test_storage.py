@@ -15,7 +15,7 @@ from hyper_sd.config import DataConfig
 from hyper_sd.data import build_source, storage
 from hyper_sd.prepare.inputs import Item, units
 from tests.caches import write_cache
-from tests.unit.test_data import image_shard, number_of
+from tests.shards import image_shard, number_of
 
 
 class Server(ThreadingHTTPServer):
