@@ -7,6 +7,7 @@ the same noise, at the teacher's guidance.
 
 import hashlib
 import json
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -166,7 +167,7 @@ class Evaluator:
         pending = {names[key]: job for key, job in jobs.items() if names[key] not in self.done}
         repeats = _repeats(draws[0], metrics)
         total = sum(_cost(job.sampler) for job in pending.values()) * sum(len(draw.prompts) for draw in [*draws, *repeats])
-        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=self._silent) as bar:
+        with quiet(), self._bar(total, title) as bar:
             for lora in dict.fromkeys(job.lora for job in pending.values()):
                 with adapter(self.pipe, lora):
                     for name, job in pending.items():
@@ -179,7 +180,7 @@ class Evaluator:
         row = self.teacher_row(2 * self.teacher_steps)
         draws = [replace(draw, prompts=draw.prompts[:num]) for draw in draws]
         total = sum(len(draw.prompts) for draw in draws) * _cost(row)
-        with quiet(), tqdm(total=total, unit="forward", unit_scale=True, desc="the teacher's end points", disable=self._silent) as bar:
+        with quiet(), self._bar(total, "the teacher's end points") as bar:
             return [self._sample(row, draw, bar) for draw in draws]
 
     def floor(self, draws: Sequence[Draw]) -> tuple[float | None, float | None]:
@@ -231,10 +232,10 @@ class Evaluator:
         measured = [metrics.measure(images, draw.prompts[self._share(draw)], len(draw.prompts)) for draw, images in rendered]
         return metrics.scores(measured) if measured else {}
 
-    @property
-    def _silent(self) -> bool | None:
-        """tqdm's `disable`: only the main process draws bars, and only on a terminal."""
-        return None if self.processes.is_main else True
+    def _bar(self, total: int, title: str) -> tqdm:
+        """Of the main process; into a log file a line every half minute, and none of what is done sooner."""
+        pace = {} if sys.stderr.isatty() else {"mininterval": 30.0, "delay": 30.0}
+        return tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=not self.processes.is_main, **pace)
 
     def _share(self, draw: Draw) -> slice:
         return self.processes.share(len(draw.prompts))
@@ -242,7 +243,7 @@ class Evaluator:
     def _sample(self, sampler: Sampler, draw: Draw, bar: Any) -> Tensor:
         """The latents of the whole draw."""
         cost = _cost(sampler) * self.processes.world_size
-        bar.set_postfix_str(f"{sampler.num_steps} steps of {sampler.scheduler.removesuffix('Scheduler')}")
+        bar.set_postfix_str(f"{sampler.num_steps} steps of {sampler.scheduler.removesuffix('Scheduler')}", refresh=False)
         share, total = self._share(draw), len(draw.prompts)
         latents = sample(
             self.pipe,
