@@ -284,7 +284,9 @@ def usage(cls: type) -> str:
 def _allowed(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
-    return " or ".join(map(_allowed, get_args(hint))) if get_args(hint) else {"NoneType": "null"}.get(hint.__name__, hint.__name__)
+    if get_args(hint):
+        return " or ".join(map(_allowed, get_args(hint)))
+    return "null" if hint is type(None) else str(hint.__name__)
 
 
 if __name__ == "__main__":

@@ -232,10 +232,10 @@ class Evaluator:
         measured = [metrics.measure(images, draw.prompts[self._share(draw)], len(draw.prompts)) for draw, images in rendered]
         return metrics.scores(measured) if measured else {}
 
-    def _bar(self, total: int, title: str) -> tqdm:
+    def _bar(self, total: int, title: str) -> "tqdm[Any]":
         """Of the main process; into a log file a line every half minute, and none of what is done sooner."""
-        pace = {} if sys.stderr.isatty() else {"mininterval": 30.0, "delay": 30.0}
-        return tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=not self.processes.is_main, **pace)
+        own, pace = self.processes.is_main, 0.0 if sys.stderr.isatty() else 30.0
+        return tqdm(total=total, unit="forward", unit_scale=True, desc=title, disable=not own, mininterval=pace or 0.1, delay=pace)
 
     def _share(self, draw: Draw) -> slice:
         return self.processes.share(len(draw.prompts))

@@ -20,8 +20,9 @@ from hyper_sd.config import RunConfig, run_config
 from hyper_sd.paths import config_dir
 
 ROOT = Path(__file__).parents[2]
-GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker", "segmenter")
-OPTION_GROUPS = ("recipe", "teacher", "data", "tracker", "stage", "reward", "segmenter", "decoder", "adversarial")  # whose options help names
+GROUPS = ("teacher", "data", "adapter", "optimizer", "engine", "eval", "tracker", "segmenter", "adversarial")
+# those whose options help names
+OPTION_GROUPS = ("recipe", "teacher", "data", "tracker", "stage", "reward", "segmenter", "decoder", "adversarial")
 
 
 def run_of(*overrides: str) -> RunConfig:
