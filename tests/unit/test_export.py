@@ -1,12 +1,10 @@
-"""LoRA files: what is written is what a stock pipeline does with it, and what is not a fitting LoRA is refused."""
+"""Exports: what is written is what a stock pipeline does with it, and what is not is found before the file is there."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 import torch
@@ -14,88 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hyper_sd.config import TeacherConfig, TeacherGuidanceConfig
-from hyper_sd.export import LoraMismatch, export_lora, export_run, lora_info, verify_lora
+from hyper_sd.export import LoraMismatch, export_lora, export_run
 from hyper_sd.lora_file import LoraDtype, LoraFormat, inspect_lora, read_lora, save_lora
-from hyper_sd.lora_metadata import LoraInfo, SamplerRecipe
-from hyper_sd.roles import LoraSpec, Roles
-from hyper_sd.teachers import Teacher, inspect_teacher, load_pipeline, load_teacher
 from tests.tiny import tiny_sd15, tiny_sdxl
+from tests.trained import RECIPE, SPEC, Trained, train
 
 ROOT = Path(__file__).parents[2]
-SPEC = LoraSpec(rank=4, alpha=3.0)
-RECIPE: SamplerRecipe = {
-    "1": {
-        "scheduler": "LCMScheduler",
-        "config": {"num_train_timesteps": 1000, "trained_betas": None},
-        "eta": None,
-        "guidance_scale": 1.0,
-        "timesteps": [899],
-    },
-    "4": {
-        "scheduler": "TCDScheduler",
-        "config": {"num_train_timesteps": 1000, "original_inference_steps": 40},
-        "eta": 0.3,
-        "guidance_scale": 1.0,
-        "timesteps": None,
-    },
-}
-
-
-@dataclass
-class Trained:
-    """A tiny teacher with a trained-looking adapter, and a stock pipeline of it."""
-
-    cfg: TeacherConfig
-    teacher: Teacher
-    roles: Roles
-    pipeline: Any
-
-    @property
-    def info(self) -> LoraInfo:
-        return lora_info(self.teacher.facts, stage="tscd_4", recipe=RECIPE, extra={"ss_steps": "150", "ss_seed": "7"})
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        return self.roles.state_dict("student")
-
-    @property
-    def modules(self) -> list[str]:
-        return [path for path, _ in self.pipeline.unet.named_modules()]
-
-    def export(self, path: Path, format: LoraFormat = "kohya", dtype: LoraDtype = "fp32") -> float:
-        with self.roles.use(("student",)):
-            return export_lora(
-                path,
-                self.tensors,
-                self.roles.spec,
-                self.info,
-                pipeline=self.pipeline,
-                trained=self.teacher.forward,
-                format=format,
-                dtype=dtype,
-            )
-
-    def verify(self, path: Path) -> float:
-        with self.roles.use(("student",)):
-            return verify_lora(path, self.pipeline, self.teacher.forward)
-
-
-def train(family: str, path: Path, spec: LoraSpec = SPEC, size: float = 0.3) -> Trained:
-    guidance = TeacherGuidanceConfig(min=4, max=8)
-    cfg = TeacherConfig(family=cast("Any", family), path=str(path), guidance=guidance)
-    teacher = load_teacher(cfg, torch.device("cpu"), torch.float32)
-    roles = Roles(teacher.net, spec, ("student",))
-    randomise(roles, size)
-    return Trained(cfg, teacher, roles, load_pipeline(cfg))
-
-
-@torch.no_grad()
-def randomise(roles: Roles, size: float) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for name, value in roles.tensors("student").items():
-        if ".lora_B." in name:
-            value.copy_(torch.randn(value.shape, generator=generator) * size)
 
 
 @pytest.fixture(scope="module")
@@ -192,32 +114,6 @@ def test_metadata(sd15: Trained, format: LoraFormat, tmp_path: Path) -> None:
     assert header.targets == SPEC.targets
 
 
-def test_equal_contents_are_equal_bytes(sd15: Trained, written: Path, tmp_path: Path) -> None:
-    for number in range(4):  # the order of safetensors' metadata changes from call to call
-        save_lora(tmp_path / f"{number}.safetensors", sd15.tensors, SPEC, sd15.info)
-        assert (tmp_path / f"{number}.safetensors").read_bytes() == written.read_bytes()
-
-
-@pytest.mark.parametrize("format", ["kohya", "diffusers"])
-def test_a_file_of_another_alpha_is_rescaled_to_the_specs(sd15: Trained, format: LoraFormat, tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    save_lora(path, sd15.tensors, SPEC, sd15.info, format=format)
-    own = read_lora(path, sd15.modules)
-    assert own.spec == SPEC
-    other = read_lora(path, sd15.modules, spec=LoraSpec(rank=4, alpha=12.0))
-    assert other.spec.alpha == 12.0
-    for name, value in sd15.tensors.items():
-        assert torch.equal(own.tensors[name], value)
-        assert torch.equal(other.tensors[name], value / 4 if ".lora_B." in name else value)
-
-
-def test_a_foreign_file_without_alpha_has_scale_one(sd15: Trained, tmp_path: Path) -> None:
-    path = tmp_path / "foreign.safetensors"
-    save_file({f"unet.{name}": value for name, value in sd15.tensors.items()}, path)
-    file = read_lora(path, sd15.modules)
-    assert (file.spec.rank, file.spec.alpha, file.header.info) == (4, 4.0, None)
-
-
 # ---- a file that does not do what the network does ------------------------------------------------------------------------
 
 
@@ -254,115 +150,6 @@ def test_a_mismatch_leaves_the_old_file(sd15: Trained, tmp_path: Path) -> None:
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (torch.tensor(float("nan")), "non-finite.*diverged"),
-        (torch.tensor(1e6), "overflows dtype=fp16"),
-    ],
-)
-def test_non_finite_tensors_are_refused(sd15: Trained, value: Tensor, message: str, tmp_path: Path) -> None:
-    tensors = sd15.tensors
-    name = next(iter(tensors))
-    tensors[name][0, 0] = value
-    with pytest.raises(ValueError, match=message):
-        save_lora(tmp_path / "lora.safetensors", tensors, SPEC, sd15.info, dtype="fp16")
-    assert not list(tmp_path.iterdir())
-
-
-def test_empty_tensors_are_refused(sd15: Trained, tmp_path: Path) -> None:
-    tensors = sd15.tensors
-    name = next(iter(tensors))
-    tensors[name] = torch.empty(0)
-    with pytest.raises(ValueError, match=f"empty tensor: {name}"):
-        save_lora(tmp_path / "lora.safetensors", tensors, SPEC, sd15.info)
-
-
-def test_half_an_adapter_is_refused(sd15: Trained, tmp_path: Path) -> None:
-    tensors = sd15.tensors
-    tensors.pop(next(iter(tensors)))
-    with pytest.raises(ValueError, match="not an adapter"):
-        save_lora(tmp_path / "lora.safetensors", tensors, SPEC, sd15.info)
-
-
-def test_tensors_of_another_rank_are_refused(sd15: Trained, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected lora\.rank=8"):
-        save_lora(tmp_path / "lora.safetensors", sd15.tensors, LoraSpec(rank=8), sd15.info)
-
-
-def test_an_unwritable_place_is_refused(sd15: Trained, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot be written.*choose another out .* or run\.dir"):
-        save_lora(tmp_path / "file" / "lora.safetensors", sd15.tensors, SPEC, sd15.info)
-
-
-def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"init=.*none\.safetensors: there is no such file"):
-        inspect_lora(tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
-def test_a_truncated_file_is_refused(written: Path, keep: int) -> None:
-    written.write_bytes(written.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"init=.*not a whole safetensors file"):
-        inspect_lora(written)
-
-
-def test_a_pickle_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    torch.save({"unet.a.lora_A.weight": torch.ones(1, 1)}, path)
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        inspect_lora(path)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({"unet.conv_in.weight": (4, 4)}, "no part of a UNet LoRA"),
-        ({"lora_te_text_model.lora_down.weight": (4, 4)}, "no part of a UNet LoRA"),
-        ({"unet.a.lora_A.weight": (4, 4)}, "a has no lora_B"),
-        (
-            {
-                "unet.a.lora_A.weight": (4, 4),
-                "unet.a.lora_B.weight": (4, 4),
-                "unet.b.lora_A.weight": (2, 4),
-                "unet.b.lora_B.weight": (4, 2),
-            },
-            "ranks",
-        ),
-        ({}, "no tensors"),
-    ],
-)
-def test_what_is_no_lora_is_refused(tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "lora.safetensors"
-    save_file({name: torch.ones(shape) for name, shape in tensors.items()}, path)
-    with pytest.raises(ValueError, match=message):
-        inspect_lora(path)
-
-
-def test_another_rank_is_refused(sd15: Trained, written: Path) -> None:
-    with pytest.raises(ValueError, match=r"init=.*has rank 4 but lora\.rank=8; set lora\.rank=4"):
-        read_lora(written, sd15.modules, spec=LoraSpec(rank=8))
-
-
-def test_another_base_model_is_refused(sd15: Trained, written: Path, paths: dict[str, Path]) -> None:
-    other = inspect_teacher(replace(sd15.cfg, family="sdxl", path=str(paths["sdxl"])))
-    with pytest.raises(ValueError, match=r"init=.*trained on another base model.*set teacher\.path"):
-        read_lora(written, sd15.modules, fingerprint=other.fingerprint)
-
-
-def test_modules_the_network_does_not_have_are_refused(written: Path, families: dict[str, Trained]) -> None:
-    with pytest.raises(ValueError, match=r"init=.*does not fit the network.*teacher\.path"):
-        read_lora(written, [path for path in families["sd15"].modules if "resnets.0" not in path])
-
-
-def test_damaged_metadata_is_refused(sd15: Trained, written: Path) -> None:
-    metadata = {**inspect_lora(written).metadata, "hyper_sd.sampler": '{"4": {"scheduler": "TCDScheduler"}}'}
-    save_file(load_file(written), written, metadata=metadata)
-    with pytest.raises(ValueError, match=r"init=.*metadata is damaged.*hyper_sd\.sampler"):
-        inspect_lora(written)
 
 
 # ---- export of a run ------------------------------------------------------------------------------------------------------
