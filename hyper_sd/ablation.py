@@ -13,7 +13,7 @@ from typing import Any
 from hyper_sd.config import RunConfig, RunDirConfig, StagePlan
 from hyper_sd.engines import start_engine
 from hyper_sd.files import replace_file, write_json
-from hyper_sd.measure import Draw, Evaluator, Job, Row, make_draw
+from hyper_sd.measure import Evaluator, Job, Row, make_draw
 from hyper_sd.objective import Stage
 from hyper_sd.plan import LORA, train_plan
 from hyper_sd.plan_checks import check_plan
@@ -28,7 +28,7 @@ _METRICS = {"mse_to_teacher": "distance to the teacher's end point", "accuracy":
 
 
 def run_ablation(config: RunConfig) -> None:
-    """Train every plan with every seed (finished runs are kept), measure all on one draw, and write ablation.json and ablation.md."""
+    """Train every plan with every seed (finished runs are kept), measure all on the same draws, and write ablation.json and ablation.md."""
     check_plans(config)
     check_equal_cost(config)
     engine = start_engine(config.engine)
@@ -57,6 +57,11 @@ def check_plans(config: RunConfig) -> None:
     """Raise ValueError, naming the key, if a stage of any plan cannot run; before the first of them is trained."""
     if config.only is not None or config.init is not None:
         raise ValueError(f"only, init: plans are compared from the first stage to the last; got only={config.only} and init={config.init}")
+    if config.eval.judge is None or config.eval.prompts == 0:
+        raise ValueError(
+            f"eval.judge={config.eval.judge or 'null'}, eval.prompts={config.eval.prompts}: plans are compared by the judge's figures; for a teacher "
+            "that the judge does not know, train each plan with a run.dir of its own"
+        )
     facts = inspect_teacher(config.teacher)
     for plan, _, run in runs_of(replace(config, seeds=1)):
         try:
@@ -80,15 +85,15 @@ def runs_of(config: RunConfig) -> Iterator[tuple[str, int, RunConfig]]:
 
 def measure(config: RunConfig, processes: Processes) -> dict[str, Any]:
     """Figures by plan, row and seed; every row on the same prompts and the same noise."""
-    draw = make_draw(config.eval, 0, config.eval.prompts)
+    draws = [make_draw(config.eval, number, config.eval.prompts) for number in range(config.eval.draws)]
     evaluator = Evaluator.open(config.teacher, config.eval, processes)
     jobs = {(plan, row, seed): job for plan, seed, run in runs_of(config) for row, job in _jobs(run, evaluator).items()}
-    rows = evaluator.measure(jobs, [draw], evaluator.end_points([draw], config.eval.end_points))
+    rows = evaluator.measure(jobs, draws, evaluator.end_points(draws, config.eval.end_points))
     return {
         "seeds": config.seeds or 1,
-        "prompts": config.eval.prompts,
+        "prompts": config.eval.prompts * config.eval.draws,
         "teacher_guidance": evaluator.guidance,
-        "teacher": _figures(_teacher(evaluator, config, draw)),
+        "teacher": _figures(evaluator.measure({"": Job(None, evaluator.teacher_row(config.eval.teacher_steps))}, draws)[""]),
         "plans": {plan: _by_row(rows, plan) for plan in (FULL, *config.plans)},
     }
 
@@ -144,10 +149,6 @@ def _single_stage(stage: Stage, start: int | None, evaluator: Evaluator) -> Reci
 
 def _steps(number: int) -> str:
     return f"{number} step{'s' if number > 1 else ''}"
-
-
-def _teacher(evaluator: Evaluator, config: RunConfig, draw: Draw) -> Row:
-    return evaluator.measure({"": Job(None, evaluator.teacher_row(config.eval.teacher_steps))}, [draw])[""]
 
 
 def _by_row(rows: Mapping[tuple[str, str, int], Row], plan: str) -> dict[str, dict[str, list[float]]]:

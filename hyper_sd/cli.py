@@ -266,8 +266,15 @@ def _wrong_key(cfg: DictConfig, key: str, groups: Sequence[str]) -> str | None:
     walked: list[str] = []
     for part in key.split("."):
         where = ".".join([*walked, part])
+        if node is None and walked:
+            parent = ".".join(walked)
+            return (
+                f"{where}: {parent} is null, so it has no {part}; give it whole, e.g. '{parent}={{{part}: ...}}', or choose a file for it"
+            )
         if not isinstance(node, dict):
             return f"{where}: unknown key; {'.'.join(walked)} is a single value"
+        if part not in node and not walked and part in groups:
+            return f"{key}: no {part} is chosen; choose one with {part}=NAME (--help lists them), then its keys can be set"
         if part not in node:
             return f"{where}: unknown key{_suggestion(part, [*map(str, node), *(() if walked else groups)])}"
         node = node[part]

@@ -39,9 +39,7 @@ class DeepSpeedEngine(Engine):
             return
         from deepspeed.runtime.zero import GatheredParameters
 
-        dtype = next(net.parameters()).dtype
-        bf16, fp16 = ({"enabled": dtype == half} for half in (torch.bfloat16, torch.float16))
-        self._prepare(net, stage=3, bf16=bf16, fp16=fp16)
+        self._prepare(net, stage=3, bf16={"enabled": next(net.parameters()).dtype == torch.bfloat16})
         with GatheredParameters(list(net.parameters())):  # adapters take their sizes from the weights
             yield
 

@@ -44,15 +44,15 @@ class Engine(Processes, ABC):
         self.config = config
         self._trained: dict[Role, Trained] = {}
 
-    def micro_batches(self, batch_size: int, start: int) -> list[range]:
+    def micro_batches(self, batch_size: int, start: int, key: str = "data") -> list[range]:
         """This process's micro-batches of the global batch at positions start .. start + batch_size - 1.
 
-        Raises ValueError unless processes times accumulation divide the global batch.
+        Raises ValueError, naming <key>.batch_size, unless processes times accumulation divide the global batch.
         """
         parts = self.world_size * self.config.accumulation
         if batch_size % parts:
             raise ValueError(
-                f"data.batch_size={batch_size} counts all {self.world_size} processes and engine.accumulation={self.config.accumulation} "
+                f"{key}.batch_size={batch_size} counts all {self.world_size} processes and engine.accumulation={self.config.accumulation} "
                 f"micro-batches, and must be a multiple of {parts}; try {-(-batch_size // parts) * parts}"
             )
         size = batch_size // parts

@@ -53,28 +53,40 @@ def export_lora(
     *,
     pipeline: Any,
     trained: Forward,
+    trained_dtype: torch.dtype = torch.float32,
     format: LoraFormat = "kohya",
     dtype: LoraDtype = "fp32",
 ) -> float:
-    """Write a LoRA file, verify it (see `verify_lora`), and only then give it its name; returns the relative error."""
+    """Write a LoRA file, verify it (see `verify_lora`), and only then give it its name; returns the relative error.
+
+    The rounding of a network that computes in half precision would hide a small adapter that is missing or of a wrong alpha, so such a
+    file is also verified against W + alpha / rank B A in float32.
+    """
     errors: list[float] = []
-    save_lora(path, tensors, spec, info, format=format, dtype=dtype, check=lambda file: errors.append(verify_lora(file, pipeline, trained)))
+
+    def check(file: Path) -> None:
+        errors.append(verify_lora(file, pipeline, trained, trained_dtype))
+        if trained_dtype != torch.float32:
+            errors[0] = verify_lora(file, pipeline, added(pipeline.unet, tensors, spec))
+
+    save_lora(path, tensors, spec, info, format=format, dtype=dtype, check=check)
     return errors[0]
 
 
 @torch.no_grad()
-def verify_lora(path: Path, pipeline: Any, trained: Forward) -> float:
-    """Load a LoRA file into a stock pipeline and compare the UNet's output with the training network's on four fixed inputs.
+def verify_lora(path: Path, pipeline: Any, trained: Forward, trained_dtype: torch.dtype = torch.float32) -> float:
+    """Load a LoRA file into a stock float32 pipeline and compare the UNet's output with the training network's on four fixed inputs.
 
-    `trained(x_t, t, cond)` runs the training network under the exported role, on the pipeline's device. Returns the largest
-    ||file - trained|| / ||trained||; raises LoraMismatch if it exceeds TOLERANCE (1e-3 in float32) or, as far as rounding allows,
-    5 % of what the adapter changes in the output. The pipeline is given back without the LoRA, before `trained` is called.
+    `trained(x_t, t, cond)` runs the training network, which computes in `trained_dtype`, under the exported role, on the pipeline's
+    device. Returns the largest ||file - trained|| / ||trained||; raises LoraMismatch if it exceeds TOLERANCE (1e-3 in float32) or, as far
+    as rounding allows, 5 % of what the adapter changes in the output. The pipeline is given back without the LoRA, before `trained` is
+    called.
     """
-    with torch.backends.cudnn.flags(allow_tf32=False):  # its rounding is as large as the tolerance
-        return _verify(path, pipeline, trained)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # its rounding is as large as the tolerance
+        return _verify(path, pipeline, trained, trained_dtype)
 
 
-def _verify(path: Path, pipeline: Any, trained: Forward) -> float:
+def _verify(path: Path, pipeline: Any, trained: Forward, trained_dtype: torch.dtype) -> float:
     unet = pipeline.unet
     inputs = fixed_inputs(unet, pipeline.scheduler.config.num_train_timesteps)
     base = call_unet(unet, *inputs)
@@ -88,16 +100,36 @@ def _verify(path: Path, pipeline: Any, trained: Forward) -> float:
     if num_modules != len(header.modules):
         raise LoraMismatch(f"a stock pipeline took up {num_modules} of the {len(header.modules)} modules in the LoRA file")
     error, effect = relative_error(loaded, expected), relative_error(base, expected)
-    tolerance = max(TOLERANCE[DTYPES[header.dtype]], TOLERANCE[unet.dtype])
-    noise = tolerance / 10 if unet.dtype == torch.float32 else tolerance
+    tolerance = max(TOLERANCE[DTYPES[header.dtype]], TOLERANCE[trained_dtype])
+    noise = tolerance / 10 if trained_dtype == torch.float32 else tolerance
     allowed = min(tolerance, max(_OF_EFFECT * effect.max().item(), noise))
     if not error.max().item() <= allowed:
         raise LoraMismatch(
             "the LoRA file does not do what the trained network does: in a stock pipeline the UNet's output is off by "
-            f"{error.max().item():.2e} of its norm, allowed are {allowed:.2e} ({header.format} keys, {header.dtype}, UNet in "
-            f"{unet.dtype}); the adapter changes it by {effect.max().item():.2e}"
+            f"{error.max().item():.2e} of its norm, allowed are {allowed:.2e} ({header.format} keys, {header.dtype}, trained in "
+            f"{trained_dtype}); the adapter changes it by {effect.max().item():.2e}"
         )
     return error.max().item()
+
+
+def added(unet: Any, tensors: Mapping[str, Tensor], spec: LoraSpec) -> Forward:
+    """A UNet's answers with W + alpha / rank B A in place of every weight W that an adapter has a part for; it is left as it was."""
+    layers = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+
+    @torch.no_grad()
+    def forward(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        weights = {path: unet.get_submodule(path).weight for path in layers}
+        original = {path: weight.detach().clone() for path, weight in weights.items()}
+        try:
+            for path, weight in weights.items():
+                a, b = (tensors[f"{path}.lora_{side}.weight"].float().flatten(1) for side in "AB")
+                weight.add_((spec.alpha / spec.rank * b @ a).reshape(weight.shape).to(weight))
+            return call_unet(unet, x_t, t, cond)
+        finally:
+            for path, weight in original.items():
+                weights[path].copy_(weight)
+
+    return forward
 
 
 def export_run(run_dir: Path, *, stage: str | None, format: LoraFormat, dtype: LoraDtype, out: Path | None) -> tuple[Path, float]:

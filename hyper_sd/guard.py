@@ -47,6 +47,11 @@ class HeldOutGuard:
     def stops(self) -> bool:
         return self._config.patience is not None and falls(self.history) >= self._config.patience
 
+    @property
+    def _best(self) -> float:
+        """The step at which the held-out reward was highest; the first, if several are."""
+        return max(self.history, key=lambda row: row[HELDOUT])["step"]
+
     def look(self, job: Job, step: int) -> None:
         due = step % self._config.every_steps == 0 or step == job.plan.max_steps
         if not due or (self.history and self.history[-1]["step"] == step):
@@ -60,13 +65,11 @@ class HeldOutGuard:
     def hand_on(self, job: Job) -> None:
         if self._config.keep == "last":
             return
-        best = max(self.history, key=lambda row: row[HELDOUT])  # the first, if several are
-        if self.stops and self._processes.is_main:
-            print(
-                f"{job.plan.name}: ended at step {self.history[-1]['step']:g}: the held-out reward fell {self._config.patience} times in a "
-                f"row while the trained rewards rose; it was highest at step {best['step']:g}, whose adapter is kept",
-                flush=True,
-            )
+        last = self.history[-1]["step"]
+        if self._processes.is_main and (self.stops or self._best != last):
+            why = f": the held-out reward fell {self._config.patience} times in a row while the trained rewards rose" if self.stops else ""
+            kept = f"the held-out reward was highest at step {self._best:g}, whose adapter is kept"
+            print(f"{job.plan.name}: ended at step {last:g}{why}; {kept}", flush=True)
         job.context.roles.copy(BEST, job.stage.exports[-1])
 
     @torch.no_grad()
@@ -97,7 +100,8 @@ class HeldOutGuard:
 
     def _write(self, folder: Path) -> None:
         if self._processes.is_main:
-            write_json(folder / "guard.json", {"history": self.history, "stopped": self.stops})
+            kept = self._best if self._config.keep == "best" else self.history[-1]["step"]
+            write_json(folder / "guard.json", {"history": self.history, "stopped": self.stops, "kept": kept})
 
 
 def falls(history: list[dict[str, float]]) -> int:

@@ -8,8 +8,9 @@ the same noise, at the teacher's guidance.
 import hashlib
 import json
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,7 +147,8 @@ class Evaluator:
         check_judge(cfg, latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor)
         if cfg.judge is not None:
             judge = Judge.load(asset_dir("judge"))
-            reference = Gaussian.fit(reference_features(judge.features, reference_scenes, cfg.reference, processes, chunk=512))
+            features = partial(_on_cpu, judge.features)
+            reference = Gaussian.fit(reference_features(features, reference_scenes, cfg.reference, processes, chunk=512))
         guidance = teacher_guidance(teacher, cfg)
         return cls(pipe, guidance, cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference, processes)
 
@@ -266,6 +268,11 @@ class Evaluator:
             for measure in (self.judge.features, self.judge.attributes)
         )
         return all_right(found, draw.labels), frechet_jackknife(features, self.reference)
+
+
+def _on_cpu(features: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Features by the judge, which stays on the CPU, of images from wherever they are."""
+    return features(images.cpu())
 
 
 def reference_scenes(index: np.ndarray) -> Tensor:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.guidance import Cond
 from hyper_sd.instances import Instances
-from hyper_sd.randomness import Draws
+from hyper_sd.randomness import Draws, send
 from hyper_sd.roles import Role, Roles
 
 
@@ -30,11 +31,11 @@ class Batch:
 
     def rows(self, rows: Sequence[int]) -> "Batch":
         """Some of the samples, with their draws."""
-        index = list(rows)
+        index = send(torch.tensor(rows), self.x0)  # a list would make a GPU wait for each of the tensors
         cond, uncond = (tuple(part[index] for part in parts) for parts in (self.cond, self.uncond))
-        draws = replace(self.draws, samples=tuple(self.draws.samples[row] for row in index))
-        prompts = tuple(self.prompts[row] for row in index if self.prompts)
-        instances = tuple(self.instances[row] for row in index if self.instances)
+        draws = replace(self.draws, samples=tuple(self.draws.samples[row] for row in rows))
+        prompts = tuple(self.prompts[row] for row in rows if self.prompts)
+        instances = tuple(self.instances[row] for row in rows if self.instances)
         return Batch(self.x0[index], cond, uncond, draws, prompts, instances)
 
 

@@ -26,7 +26,7 @@ from hyper_sd.measure import NUM_GRID, make_draw
 from hyper_sd.merge import merge_role
 from hyper_sd.objective import Context, Feedback, Stage
 from hyper_sd.observe import Recorder
-from hyper_sd.plan_checks import check_groups, check_plan, check_work
+from hyper_sd.plan_checks import check_groups, check_plan, check_work, notices
 from hyper_sd.report import table
 from hyper_sd.report import write as write_report
 from hyper_sd.rewards import Rewards, build_rewards
@@ -56,7 +56,10 @@ def run_plan(config: RunConfig) -> None:
 def train_plan(config: RunConfig, engine: Engine) -> bool:
     """Whether every stage is finished; False if the run was told to stop before, after everything was saved."""
     with open_run(config, engine) as run:
-        return run.train_or_stop()
+        finished = run.train_or_stop()
+        if finished and engine.is_main:
+            run.folder.write_status("finished", engine=engine.facts)
+        return finished
 
 
 @contextmanager
@@ -172,8 +175,8 @@ class Run:
 
     @cached_property
     def stock_pipeline(self) -> Any:
-        """What exports are checked in."""
-        return load_pipeline(self.config.teacher, self.teacher.dtype)
+        """What exports are checked in, in float32."""
+        return load_pipeline(self.config.teacher)
 
     def train_or_stop(self) -> bool:
         """Returns False, with everything saved, if the run was told to stop before the last stage was finished."""
@@ -209,9 +212,9 @@ class Run:
     def train(self, watchdog: Watchdog) -> bool:
         """Returns False if the run was told to stop before the last stage was finished."""
         handed = Path(self.config.init) if self.config.init is not None else None
-        first, *_ = self.config.selected
-        if self.engine.is_main and handed is None and first != next(iter(self.config.stages)):
-            print(f"only: {first} starts from a fresh adapter; init=FILE.safetensors starts it from that of an earlier stage", flush=True)
+        if self.engine.is_main:
+            for notice in notices(self.config, self.facts, self.stages):
+                print(f"note: {notice}", flush=True)
         self.source.check(self.teacher)
         bad = BadSamples(self.folder.path / "bad_samples.jsonl", self.config.data.max_bad_fraction)
         if self.engine.is_main:
@@ -278,6 +281,7 @@ class Run:
             info,
             pipeline=self.stock_pipeline,
             trained=self._trained(stage),
+            trained_dtype=self.teacher.dtype,
         )
         print(f"{name}: exported and checked in a stock pipeline, relative error {error:.1e}", flush=True)
 

@@ -1,9 +1,11 @@
 """What is refused before a weight is loaded and a directory is written to: settings that cannot be trained or measured."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hyper_sd.config import RewardConfig, RunConfig, StagePlan
 from hyper_sd.data import Source
+from hyper_sd.data.scenes import IMAGE_SIZE
 from hyper_sd.engine import Engine
 from hyper_sd.evaluate import check_prompts
 from hyper_sd.lora_file import inspect_lora
@@ -11,6 +13,9 @@ from hyper_sd.measure import check_judge
 from hyper_sd.objective import Stage
 from hyper_sd.rewards import check_rewards
 from hyper_sd.rewards.tiny_decoder import check_tiny_decoder
+from hyper_sd.stages.refl import ReFL
+from hyper_sd.stages.rollout import RollsOut
+from hyper_sd.stages.tscd import STEP_COUNTS
 from hyper_sd.structured import build_target, suggestion
 from hyper_sd.teachers import TeacherFacts, layer_names
 
@@ -18,6 +23,8 @@ from hyper_sd.teachers import TeacherFacts, layer_names
 def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
     """The selected stages' mathematics. Raises ValueError, naming the key, for anything that cannot run on this teacher."""
     facts.schedule.check(facts.prediction)
+    if config.teacher.dtype == "fp16":
+        raise ValueError("teacher.dtype=fp16: gradients of distances this small are zero in float16; train with auto, bf16 or fp32")
     check_judge(config.eval, facts.image_size)
     check_prompts(config.eval)
     _check_targets(config)
@@ -28,7 +35,7 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
             stage.check(facts.schedule.num_steps)
         except ValueError as error:
             raise ValueError(str(error).replace("stage.", f"{config.stages[name].key}.")) from None
-        _check_start(config, stage, facts.schedule.num_steps)
+        _check_sampler(config, config.stages[name], stage, facts.schedule.num_steps)
         _check_feedback(config, config.stages[name], stage)
         if unknown := config.stages[name].optimizers.keys() - set(stage.trains):
             given, allowed = ", ".join(sorted(unknown)), ", ".join(stage.trains)
@@ -42,7 +49,7 @@ def check_plan(config: RunConfig, facts: TeacherFacts) -> dict[str, Stage]:
 
 def check_work(engine: Engine, plan: StagePlan, stage: Stage) -> None:
     """Raise ValueError unless every process gets micro-batches, and, where they share the network, calls it equally often."""
-    size = len(engine.micro_batches(plan.batch_size, start=0)[0])
+    size = len(engine.micro_batches(plan.batch_size, start=0, key=plan.key)[0])
     if engine.collective_forward and size % stage.sample_period:
         raise ValueError(
             f"{plan.key}: under ZeRO-3 every process must call the network equally often, but every {stage.sample_period}th sample "
@@ -68,8 +75,29 @@ def check_groups(config: RunConfig, source: Source) -> None:
             )
 
 
-def _check_start(config: RunConfig, stage: Stage, num_steps: int) -> None:
-    """Raise ValueError for an eval.start that the samplers of a stage which leaves its start to it do not have."""
+def notices(config: RunConfig, facts: TeacherFacts, stages: Mapping[str, Stage]) -> Iterator[str]:
+    """What is allowed, but hardly what was meant."""
+    first = next(iter(config.selected))
+    if config.init is None and first != next(iter(config.stages)):
+        yield f"only: {first} starts from a fresh adapter; init=FILE.safetensors starts it from that of an earlier stage"
+    uses_rewards = any(stage.uses_rewards for stage in stages.values())
+    if uses_rewards and facts.image_size != IMAGE_SIZE and any(reward.kind == "embedded" for reward in config.rewards.values()):
+        yield (
+            f"rewards: {', '.join(config.rewards)} knows scenes of {IMAGE_SIZE} pixels alone, and the teacher draws {facts.image_size}: "
+            "its feedback means nothing here. recipe=demo_tscd has none; docs/refl.md lists rewards for photographs"
+        )
+    for name, stage in stages.items():
+        if isinstance(stage, ReFL) and not (stage.reward_weight or stage.tscd_weight or stage.perceptual_weight):
+            yield f"{config.stages[name].key}: reward_weight=0 leaves the distance to the student itself, so nothing will be learnt"
+    made_for = {count for stage in stages.values() for count in stage.step_counts}
+    if config.eval.prompts and (others := sorted(set(config.eval.steps) - made_for - set(STEP_COUNTS))):
+        yield f"eval.steps: no stage's adapter is made for {', '.join(map(str, others))} steps; the teacher alone is measured there"
+
+
+def _check_sampler(config: RunConfig, plan: StagePlan, stage: Stage, num_steps: int) -> None:
+    """Raise ValueError for a stage whose adapter would be sampled in another way than it is trained for."""
+    if isinstance(stage, RollsOut) and stage.step_counts != (1,) and stage.eta != config.eval.eta:
+        raise ValueError(f"{plan.key}.eta={stage.eta}: adapters are sampled with eval.eta={config.eval.eta}; set eval.eta alone")
     start, stride = config.eval.start, num_steps // stage.solver_steps
     if start is None or stage.start is not None or 1 not in stage.step_counts:
         return
@@ -112,6 +140,13 @@ def _check_feedback(config: RunConfig, plan: StagePlan, stage: Stage) -> None:
         raise ValueError(f"{plan.key}.perceptual_weight needs a segmenter, and there is none; choose one, e.g. segmenter=mask2former")
     if plan.guard is None:
         return
+    if not plan.guard.steps:
+        raise ValueError(f"{plan.key}.guard.steps is empty: name some of {', '.join(map(str, stage.step_counts))}")
+    if plan.guard.patience is not None and not stage.uses_rewards:
+        raise ValueError(
+            f"{plan.key}.guard.patience={plan.guard.patience} waits for trained rewards to rise, and the stage trains on none; set "
+            f"{plan.key}.guard.patience=null, and the guard only keeps the best adapter"
+        )
     if config.heldout is None:
         raise ValueError(
             f"{plan.key}.guard looks at a held-out reward, and there is none; add one, e.g. reward@heldout=embedded_heldout, or set "

@@ -28,13 +28,16 @@ class Processes:
         self.started = time.monotonic()
         launch = Launch.read(os.environ)
         on_cpu = not torch.cuda.is_available()
-        self.accelerator = _accelerator(launch, on_cpu, timedelta(seconds=timeout_s + _GRACE_S))
+        timeout = timedelta(seconds=timeout_s + _GRACE_S)
+        self.accelerator = _accelerator(launch, on_cpu, timeout)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.verify(launch)
         if on_cpu:
             torch.set_num_threads(cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
         self.device = self.accelerator.device
-        self._votes = dist.new_group(backend="gloo") if self.world_size > 1 and dist.get_backend() != "gloo" else None
+        self._votes = None
+        if self.world_size > 1 and dist.get_backend() != "gloo":
+            self._votes = dist.new_group(backend="gloo", timeout=timeout)
 
     @property
     def is_main(self) -> bool:
@@ -67,8 +70,8 @@ class Processes:
         return whole.cpu()
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean of a scalar over processes."""
-        value = value.detach().float().clone()
+        """The mean of a scalar over processes, on their device."""
+        value = value.detach().to(self.device, torch.float32, copy=True)
         if self.world_size > 1:
             dist.all_reduce(value)
             value /= self.world_size

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     ODE_ROWS = 19
     TSCD_TERM = 20
     PERCEPTUAL_TERM = 21
+    ADVERSARIAL_REAL = 22
     CAPTION = 40
     REPLACEMENT = 41
     BUCKET = 42

@@ -293,21 +293,26 @@ def _files(cfg: SampleConfig, steps: int) -> list[Path]:
 
 @contextmanager
 def adapter(pipe: Any, file: Path | None) -> Iterator[None]:
-    """Run the pipeline with a LoRA file fused into its network; on exit the network is bitwise what it was. None: the teacher."""
+    """Run the pipeline with a LoRA file; on exit the network is bitwise what it was. None: the teacher.
+
+    In float32 the LoRA is fused into the network; half precision would round most of a small change away, so there it runs beside it.
+    """
     if file is None:
         yield
         return
     net = pipe.unet
-    original = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    original = {name: value.detach().clone() for name, value in net.state_dict().items()} if net.dtype == torch.float32 else None
     try:
         with quiet():  # else it warns, every time, that a UNet LoRA has nothing for the text encoder
             pipe.load_lora_weights(str(file), use_safetensors=True)
-            pipe.fuse_lora(components=["unet"])
-            pipe.unload_lora_weights()  # leaves the fused weights and removes peft's layers
+            if original is not None:
+                pipe.fuse_lora(components=["unet"])
+                pipe.unload_lora_weights()  # leaves the fused weights and removes peft's layers
         yield
     finally:
         pipe.unload_lora_weights()
-        net.load_state_dict(original)  # subtracting the LoRA again would leave rounding errors behind
+        if original is not None:
+            net.load_state_dict(original)  # subtracting the LoRA again would leave rounding errors behind
 
 
 @contextmanager

@@ -63,19 +63,20 @@ class Trained:
                 self.info,
                 pipeline=self.pipeline,
                 trained=self.teacher.forward,
+                trained_dtype=self.teacher.dtype,
                 format=format,
                 dtype=dtype,
             )
 
     def verify(self, path: Path) -> float:
         with self.roles.use(("student",)):
-            return verify_lora(path, self.pipeline, self.teacher.forward)
+            return verify_lora(path, self.pipeline, self.teacher.forward, self.teacher.dtype)
 
 
-def train(family: str, path: Path, spec: LoraSpec = SPEC, size: float = 0.3) -> Trained:
+def train(family: str, path: Path, spec: LoraSpec = SPEC, size: float = 0.3, dtype: torch.dtype = torch.float32) -> Trained:
     guidance = TeacherGuidanceConfig(min=4, max=8)
     cfg = TeacherConfig(family=cast("Any", family), path=str(path), guidance=guidance)
-    teacher = load_teacher(cfg, torch.device("cpu"), torch.float32)
+    teacher = load_teacher(cfg, torch.device("cpu"), dtype)
     roles = Roles(teacher.net, spec, ("student",))
     randomise(roles, size)
     return Trained(cfg, teacher, roles, load_pipeline(cfg))

@@ -125,7 +125,8 @@ class Adversarial:
     def times(self, draws: Draws, s: Tensor, top: int | Tensor, num_steps: int) -> Tensor:
         """t' (B,), uniform on the timesteps from s (0 for the clean end) to `top`, or to `t_max` of the schedule if s is lower."""
         low = s.clamp(min=0)
-        top = torch.maximum(torch.as_tensor(top, device=s.device).clamp(max=round(self.t_max * num_steps) - 1), low)
+        top = top if isinstance(top, Tensor) else low.new_full((), top)
+        top = torch.maximum(top.clamp(max=round(self.t_max * num_steps) - 1), low)
         share = send(draws.uniform(Purpose.ADVERSARIAL_TIMESTEP), s)
         return low + (share * (top - low + 1)).long()
 

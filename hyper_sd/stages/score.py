@@ -128,8 +128,8 @@ class Score(RollsOut, TakesAdversarial):
             reward = reward_loss(ctx, x, batch)
             value, logs = value + self.reward_weight * reward.value, {**logs, **reward.logs, "reward": reward.value.detach()}
         if self.adversarial is not None:
-            clean, top = torch.full_like(t, -1), denoiser.schedule.num_steps - 1
-            adversarial = self.adversarial.generator_loss(denoiser, batch, shared, x, batch.x0, clean, top).value
+            real, clean, top = self._real_points(denoiser, batch)
+            adversarial = self.adversarial.generator_loss(denoiser, batch, shared, x, real, clean, top).value
             value, logs["adversarial"] = value + self.adversarial.weight * adversarial, adversarial.detach()
         return Loss(value, logs)
 
@@ -149,9 +149,19 @@ class Score(RollsOut, TakesAdversarial):
         """The discriminator's turn, in every step: where the student has had none, on the sample that the fake score's turn made."""
         assert self.adversarial is not None
         if not self.adversarial.shown(shared):
-            x, clean = shared[_SAMPLE], torch.full((len(batch.x0),), -1, device=batch.x0.device)
-            self.adversarial.show(denoiser, batch, shared, x, batch.x0, clean, denoiser.schedule.num_steps - 1)
+            self.adversarial.show(denoiser, batch, shared, shared[_SAMPLE], *self._real_points(denoiser, batch))
         return self.adversarial.discriminator_loss(denoiser, batch, shared)
+
+    def _real_points(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor, int]:
+        """What is real to the discriminator, its time (B,), the clean end, and the last time it is noised on to.
+
+        The student's samples end as a sampler's do (`drawn`), so the data have the noise of the clean end too: without it, whether any is
+        there would tell them apart.
+        """
+        clean = torch.full((len(batch.x0),), -1, device=batch.x0.device)
+        noise = send(batch.draws.normal(Purpose.ADVERSARIAL_REAL, batch.x0.shape[1:]), batch.x0)
+        real = batch.x0 if self.step_counts == (1,) else denoiser.noise(batch.x0, noise, clean)
+        return real, clean, denoiser.schedule.num_steps - 1
 
     @torch.no_grad()
     def matching_gradient(self, denoiser: Denoiser, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -192,8 +202,9 @@ class Score(RollsOut, TakesAdversarial):
         rows = [row for row, sample in enumerate(batch.draws.samples) if sample % self.ode_one_in == first]
         if not rows:
             return x.sum() * 0
-        end = self.ode_end(denoiser, batch.rows(rows), z[rows])
-        return (x[rows] - end).square().flatten(1).mean(1).sum() * self.ode_one_in / len(x)
+        index = send(torch.tensor(rows), x)
+        end = self.ode_end(denoiser, batch.rows(rows), z[index])
+        return (x[index] - end).square().flatten(1).mean(1).sum() * self.ode_one_in / len(x)
 
     def _starts_from_noise(self, draws: Draws) -> bool:
         return self.draw_rollout(draws)[1] == 0

@@ -36,8 +36,12 @@ def load_pipeline(cfg: TeacherConfig, dtype: torch.dtype = torch.float32) -> Dif
 
 
 def load_sampler(cfg: TeacherConfig, device: torch.device) -> Any:
-    """The stock pipeline on `device`, to draw with: on a GPU in teacher.dtype, the VAE in float32 (SDXL's overflows in half precision)."""
-    dtype = base_dtype(cfg, device) if device.type == "cuda" else torch.float32
+    """The stock pipeline on `device`, to draw with: float32, or on a GPU that trains in half precision float16, as LoRAs are mostly used.
+
+    Samplers compute in the dtype of the latents, and bfloat16's 8 bits show in one step from the last timestep. The VAE is in float32
+    (SDXL's overflows in half precision).
+    """
+    dtype = torch.float32 if device.type != "cuda" or base_dtype(cfg, device) == torch.float32 else torch.float16
     family = _family(cfg)
     read_facts(cfg, family)
     return load_stock_pipeline(cfg, family, {"default": dtype, "vae": torch.float32}).to(device)
@@ -46,7 +50,7 @@ def load_sampler(cfg: TeacherConfig, device: torch.device) -> Any:
 def base_dtype(cfg: TeacherConfig, device: torch.device) -> torch.dtype:
     """teacher.dtype; auto is bf16 where the device computes in it, else fp32."""
     if cfg.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from omegaconf import OmegaConf
 
-from hyper_sd.ablation import check_equal_cost
+from hyper_sd.ablation import check_equal_cost, check_plans
 from hyper_sd.cli import compose
 from hyper_sd.config import FeaturesConfig, FilesConfig, RewardConfig, RunConfig, SegmenterConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
-from hyper_sd.plan_checks import check_plan
+from hyper_sd.plan_checks import check_plan, notices
 from hyper_sd.roles import LoraSpec
 from hyper_sd.stages.refl import ReFL
 from hyper_sd.stages.score import Score
@@ -196,6 +197,8 @@ def test_an_optimizer_of_an_adapter_that_is_not_there_is_refused() -> None:
         ("eval.start=812", "eval.start must be a timestep of the samplers' grid, 24, 49, ... 999: got 812; or null for the last"),
         ("eval.start=3", "eval.start must be a timestep of the samplers' grid"),
         ("eval.start=5000", "eval.start must be a timestep of the samplers' grid"),
+        ("stages.score.eta=0.3", "stages.score.eta=0.3: adapters are sampled with eval.eta=1.0; set eval.eta alone"),
+        ("teacher.dtype=fp16", "teacher.dtype=fp16: gradients of distances this small are zero in float16; train with auto, bf16 or fp32"),
         ("eval.prompts=2", "eval.prompts must be at least 4, for a Fréchet distance, or 0: got 2"),
         ("eval.sweep_prompts=3", "eval.sweep_prompts must be at least 4"),
         ("lora.targets=[to_q,to_kk]", "lora.targets: no layer of the network ends in 'to_kk'; did you mean to_k?"),
@@ -210,6 +213,30 @@ def test_what_cannot_be_trained_or_measured_is_refused_before_weights_load(overr
 def test_a_start_that_no_stage_leaves_to_the_samplers_is_free() -> None:
     config = run_of("eval.start=812", "only=[refl]")
     check_plan(config, inspect_teacher(config.teacher))
+
+
+@pytest.mark.parametrize("override", ["eval.judge=null", "eval.prompts=0"])
+def test_plans_are_not_trained_if_they_could_not_be_compared(override: str) -> None:
+    with pytest.raises(ValueError, match=override.replace(".", r"\.")):
+        check_plans(run_of("recipe=demo_ablation", override))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "image_size", "notice"),
+    [
+        ([], 32, None),
+        (["only=[tscd_1]"], 32, "only: tscd_1 starts from a fresh adapter"),
+        (["only=[refl]", "init=x", "stages.refl.reward_weight=0"], 32, "stages.refl: reward_weight=0 leaves .* nothing will be learnt"),
+        (["eval.steps=[1,3]"], 32, "eval.steps: no stage's adapter is made for 3 steps"),
+        ([], 512, "rewards: embedded knows scenes of 32 pixels alone, and the teacher draws 512"),
+        (["recipe=demo_tscd"], 512, None),
+    ],
+)
+def test_what_was_hardly_meant_is_said(overrides: list[str], image_size: int, notice: str | None) -> None:
+    config = run_of(*overrides)
+    stages = {name: build_target(plan.method, plan.key) for name, plan in config.selected.items()}
+    said = list(notices(config, replace(inspect_teacher(config.teacher), image_size=image_size), stages))
+    assert len(said) == (notice is not None) and all(re.search(str(notice), line) for line in said)
 
 
 def test_a_stage_can_be_dropped_and_added() -> None:
@@ -250,6 +277,8 @@ def test_recipe_and_groups_are_free_to_combine() -> None:
         ("~stages.tscd_9", ["stages.tscd_9", *STAGES]),
         ("+stage@stages.tscd_16=tscc", ["stage=tscc", "did you mean tscd?"]),
         ("seed.x=1", ["seed.x", "single value"]),
+        ("stages.tscd_1.adversarial.weight=1", ["stages.tscd_1.adversarial is null", "'stages.tscd_1.adversarial={weight: ...}'"]),
+        ("segmenter.path=x", ["segmenter.path: no segmenter is chosen", "segmenter=NAME"]),
         ("seed=1,2", ["seed=1,2", "-m"]),
         ("seed=[1", ["[1"]),
     ],

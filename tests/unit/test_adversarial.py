@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -94,18 +96,69 @@ def test_both_turns_show_the_same_captions() -> None:
     assert len(seen) > calls and all(torch.equal(cond, of_the_student) for cond in seen[calls:])
 
 
-def test_a_score_stages_discriminator_learns_in_every_step() -> None:
-    stage = Score(rollout=(1,), fake_updates=2, adversarial=Adversarial(weight=1.0, real="data"))
+@pytest.mark.parametrize("rollout", [(1,), (1, 2)])
+def test_a_score_stages_discriminator_learns_in_every_step(rollout: tuple[int, ...]) -> None:
+    stage = Score(rollout=rollout, fake_updates=2, adversarial=Adversarial(weight=1.0, real="data"))
     denoiser, objectives = start(stage)
     assert [objective.every for objective in objectives] == [2, 1, 1]
     batch, shared = unet_batch(step=1), {}
     for objective in objectives[1:]:  # a step without the student's turn
         value = objective.loss(batch, shared).value
         assert all(gradient.any() for gradient in torch.autograd.grad(value, denoiser.roles.params(objective.trains)[1:2]))
-    x = denoiser(("student",), *stage.student_input(denoiser, batch), batch.cond).x0
-    noise = batch.draws.normal(Purpose.ADVERSARIAL_NOISE, x.shape[1:])
-    clean = torch.full((len(x),), -1)
-    torch.testing.assert_close(shared["adversarial_fake"], denoiser.renoise(x, clean, noise, shared["adversarial_t"]).detach())
+    prediction = denoiser(("student",), *stage.student_input(denoiser, batch), batch.cond)
+    own, noise = (batch.draws.normal(p, batch.x0.shape[1:]) for p in (Purpose.ADVERSARIAL_REAL, Purpose.ADVERSARIAL_NOISE))
+    clean = torch.full((len(batch.x0),), -1)
+    if rollout == (1,):  # LCM's sampler ends at x0 itself
+        fake, real = prediction.x0, batch.x0
+    else:  # TCD's at the clean end, which has noise: the data have as much of it, or it would tell them apart
+        fake, real = denoiser.jump(prediction, clean), denoiser.noise(batch.x0, own, clean)
+    for name, points in (("adversarial_fake", fake), ("adversarial_real", real)):
+        torch.testing.assert_close(shared[name], denoiser.renoise(points, clean, noise, shared["adversarial_t"]).detach())
+
+
+class _Scores(nn.Module):
+    """Heads whose logits are the sums of the features over channels."""
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [feature.sum(1) for feature in features]
+
+
+@pytest.mark.parametrize("loss", ["hinge", "non_saturating"])
+def test_both_losses_are_the_written_formulas(loss: Literal["hinge", "non_saturating"]) -> None:
+    term = Adversarial(weight=0.5, loss=loss, r1_weight=0.3, r1_noise=0.2)
+    denoiser, batch, shared = unet_denoiser(()), unet_batch(), Shared()
+    denoiser.roles.attach({HEADS: _Scores()})
+    fake, real, s = batch.x0 + 1, batch.x0, torch.full((len(batch.x0),), 100)
+
+    def logits(x_t: Tensor) -> list[Tensor]:
+        return [feature.sum(1) for feature in denoiser.features((), x_t, shared["adversarial_t"], batch.cond)]
+
+    def mean(parts: Iterable[Tensor]) -> Tensor:
+        return torch.stack([part.mean() for part in parts]).mean()
+
+    student = term.generator_loss(denoiser, batch, shared, fake, real, s, 999).value
+    fooled, seen, true = shared["adversarial_fake"], term.discriminator_loss(denoiser, batch, shared).value, shared["adversarial_real"]
+    near = true + 0.2 * batch.draws.normal(Purpose.R1_NOISE, true.shape[1:])
+    r1 = mean((a - b) ** 2 for a, b in zip(logits(true), logits(near), strict=True))
+    if loss == "hinge":
+        ours = mean(-d for d in logits(fooled))
+        theirs = mean((1 - d).clamp(min=0) for d in logits(true)) + mean((1 + d).clamp(min=0) for d in logits(fooled))
+    else:
+        ours = mean(torch.log(1 + torch.exp(-d)) for d in logits(fooled))
+        theirs = mean(torch.log(1 + torch.exp(-d)) for d in logits(true)) + mean(torch.log(1 + torch.exp(d)) for d in logits(fooled))
+    torch.testing.assert_close(student, ours)
+    torch.testing.assert_close(seen, theirs + 0.3 * r1)
+    assert r1 > 0
+
+
+@pytest.mark.parametrize("stage", [FROZEN, Score(rollout=(1,), ode_weight=0.0, adversarial=Adversarial(weight=0.5, real="data"))])
+def test_the_term_is_added_with_its_weight(stage: TSCD | Score) -> None:
+    denoiser, (student, *_) = start(stage)
+    plain = replace(stage, adversarial=None).objectives(Context(denoiser, denoiser.roles))[0]
+    batch = unet_batch()
+    with_term, without = student.loss(batch, {}), plain.loss(batch, {})
+    torch.testing.assert_close(with_term.value, without.value + 0.5 * with_term.logs["adversarial"])
+    assert with_term.logs["adversarial"].abs() > 1e-3
 
 
 def test_t_max_bounds_the_noise_but_never_below_the_points() -> None:

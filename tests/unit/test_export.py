@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hyper_sd.export import LoraMismatch, export_lora, export_run
+from hyper_sd.export import LoraMismatch, added, call_unet, export_lora, export_run, fixed_inputs, relative_error, verify_lora
 from hyper_sd.lora_file import LoraDtype, LoraFormat, inspect_lora, read_lora, save_lora
 from tests.tiny import tiny_sd15, tiny_sdxl
 from tests.trained import RECIPE, SPEC, Trained, train
@@ -131,6 +131,25 @@ def test_a_wrong_alpha_is_found(paths: dict[str, Path], size: float, tmp_path: P
     edited(path, lambda name, value: torch.tensor(4.0) if name.endswith(".alpha") else value)
     with pytest.raises(LoraMismatch, match="does not do what the trained network does"):
         trained.verify(path)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_rounding_of_a_network_in_bf16_hides_nothing(paths: dict[str, Path], family: str, tmp_path: Path) -> None:
+    trained, path = train(family, paths[family], size=0.02, dtype=torch.bfloat16), tmp_path / "lora.safetensors"
+    assert trained.export(path) <= 1e-5  # compared in float32, where the network's own answers are 1e-3 away and more
+    assert trained.verify(path) > 1e-3
+    edited(path, lambda name, value: torch.tensor(4.0) if name.endswith(".alpha") else value)
+    trained.verify(path)  # a third more of a young adapter is less than bf16 rounds away
+    with pytest.raises(LoraMismatch, match="does not do what the trained network does"):
+        verify_lora(path, trained.pipeline, added(trained.pipeline.unet, trained.tensors, SPEC))
+
+
+def test_an_added_adapter_leaves_no_trace(sd15: Trained) -> None:
+    unet, inputs = sd15.pipeline.unet, fixed_inputs(sd15.pipeline.unet, 1000)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    with_adapter = added(unet, sd15.tensors, SPEC)(*inputs)
+    assert relative_error(call_unet(unet, *inputs), with_adapter).min() > 0.01
+    assert all(torch.equal(value, before[name]) for name, value in unet.state_dict().items())
 
 
 def test_one_wrong_module_is_found(sd15: Trained, written: Path) -> None:

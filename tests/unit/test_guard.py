@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,11 @@ def judged_by(predictors: Path, heldout: str) -> tuple[str, ...]:
 
 
 def history(run_dir: Path) -> list[dict[str, float]]:
-    return json.loads((run_dir / "refl" / "guard.json").read_text())["history"]
+    return _guard(run_dir)["history"]
+
+
+def _guard(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "refl" / "guard.json").read_text())
 
 
 def test_only_falls_in_a_row_while_the_trained_rewards_rise_count() -> None:
@@ -78,14 +83,14 @@ def test_a_run_that_hacks_its_reward_is_stopped_and_hands_on_the_best(
     hacked = (*HACKED, *judged_by(predictors, "against"))
     run_dir = train(teacher, tmp_path / "run", *hacked)
     seen = history(run_dir)
-    assert [row["step"] for row in seen] == [0, 1, 2] and falls(seen) == 2
+    assert [row["step"] for row in seen] == [0, 1, 2] and falls(seen) == 2 and _guard(run_dir)["kept"] == 0
     assert "refl: ended at step 2: the held-out reward fell 2 times in a row" in capsys.readouterr().out
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "samples_per_s" in row] == [2]  # its last steps are logged
     student = adapters(run_dir)
     assert all(not value.any() for name, value in student.items() if "lora_up" in name)  # best before the first step: nothing was learnt
     watched = train(teacher, tmp_path / "watched", *hacked, "stages.refl.guard.patience=null", "stages.refl.guard.keep=last")
-    assert history(watched)[:3] == seen and len(history(watched)) == 9
+    assert history(watched)[:3] == seen and len(history(watched)) == 9 and _guard(watched)["kept"] == 8
     unguarded = train(teacher, tmp_path / "unguarded", *hacked, "stages.refl.guard=null")
     assert any(value.any() for name, value in adapters(unguarded).items() if "lora_up" in name)
     assert_same(adapters(watched), adapters(unguarded))
@@ -127,6 +132,11 @@ HPS = (
         ([*HPS, "heldout.file=HPS_v2_compressed.pt"], r"rewards\.hps\.base\.path=/nowhere is no directory"),
         (["heldout.kind=pickscore", "heldout.path=/nowhere"], r"heldout\.path=/nowhere is no directory"),
         (["rewards.embedded.kind=pickscore", "rewards.embedded.path=/nowhere"], r"rewards\.embedded\.path=/nowhere is no directory"),
+        (["stages.refl.guard.steps=[]"], r"stages\.refl\.guard\.steps is empty: name some of 1, 2, 4"),
+        (
+            ["stages.refl.reward_weight=0", "stages.refl.tscd_weight=1"],
+            r"refl\.guard\.patience=3 waits for trained rewards .*set stages\.refl\.guard\.patience=null",
+        ),
         (["stages.refl.guard.steps=[1,8]"], r"stages\.refl\.guard\.steps: .* made for 1, 2, 4 steps, not for 8"),
         (["~rewards.embedded", "~stages.refl", "stages.score.reward_weight=1"], r"stages\.score is trained on rewards"),
     ],

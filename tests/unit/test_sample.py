@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import TCDScheduler
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -162,6 +163,23 @@ def test_an_adapter_acts_as_in_training_and_leaves_no_trace(tmp_path: Path, conf
     assert (without - found).abs().max() > 0.01 * expected.abs().max()
     assert pipe.unet.state_dict().keys() == original.keys()
     assert all(torch.equal(value, original[name]) for name, value in pipe.unet.state_dict().items())
+
+
+def test_an_adapter_in_half_precision_runs_beside_the_weights(tmp_path: Path, config: TeacherConfig):
+    """Fused into bf16 weights a small change would be rounded away."""
+    pipe, file = load_pipeline(config, torch.bfloat16), tmp_path / "lora.safetensors"
+    write_adapter(file, config, stage_recipe(pipe.scheduler.config, (2,), solver_steps=40))
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    with adapter(pipe, file):
+        layers = [module for module in pipe.unet.modules() if isinstance(module, LoraLayer)]
+        assert layers and not any(layer.merged for layer in layers)
+        assert all(
+            torch.equal(value, before[name.replace(".base_layer", "")])
+            for name, value in pipe.unet.state_dict().items()
+            if "lora_" not in name
+        )
+    after = pipe.unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 def test_negative_prompts_are_the_stock_pipelines(pipe):
