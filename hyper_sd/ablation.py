@@ -58,9 +58,10 @@ def check_plans(config: RunConfig) -> None:
     if config.only is not None or config.init is not None:
         raise ValueError(f"only, init: plans are compared from the first stage to the last; got only={config.only} and init={config.init}")
     if config.eval.judge is None or config.eval.prompts == 0:
+        judge, prompts = config.eval.judge or "null", config.eval.prompts
         raise ValueError(
-            f"eval.judge={config.eval.judge or 'null'}, eval.prompts={config.eval.prompts}: plans are compared by the judge's figures; for a teacher "
-            "that the judge does not know, train each plan with a run.dir of its own"
+            f"eval.judge={judge}, eval.prompts={prompts}: plans are compared by the judge's figures; for a teacher that the judge does not "
+            "know, train each plan by itself, with a run.dir of its own"
         )
     facts = inspect_teacher(config.teacher)
     for plan, _, run in runs_of(replace(config, seeds=1)):
