@@ -87,7 +87,7 @@ class Teacher(ABC):
     def encode_images(self, images: Tensor) -> Tensor:
         """Scaled float32 latents (B, C, h, w), the mean of the posterior, of images (B, 3, H, W) in [0, 1]."""
         vae = self.pipeline.vae
-        mean = vae.encode(2 * images.to(self.device, torch.float32) - 1).latent_dist.mean
+        mean = vae.encode(2 * images.to(self.device, torch.float32, non_blocking=True) - 1).latent_dist.mean
         return mean * vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:

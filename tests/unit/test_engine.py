@@ -1,4 +1,4 @@
-"""Updates that are skipped, and what the engine keeps then."""
+"""Updates that are skipped, and what the engine keeps then; batches that it cannot share."""
 
 from typing import Any
 
@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hyper_sd.cli import compose
+from hyper_sd.config import run_config
 from hyper_sd.engine import step_where
+from hyper_sd.plain_engine import PlainEngine
+from hyper_sd.plan_checks import check_work
+from hyper_sd.structured import build_target
 
 
 def optimizer_of(values: torch.Tensor) -> tuple[nn.Parameter, torch.optim.AdamW]:
@@ -85,3 +90,11 @@ class Elsewhere(torch.Tensor):
 
     def __bool__(self) -> bool:
         raise AssertionError("the host waits for the device")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused_by_its_stages_key() -> None:
+    config = run_config(compose("train", ["stages.tscd_8.batch_size=6", "engine.accumulation=4", "engine.cpu_threads=1"]))
+    plan = config.stages["tscd_8"]
+    engine = PlainEngine(config.engine)
+    with pytest.raises(ValueError, match=r"^stages\.tscd_8\.batch_size=6 counts all 1 processes and engine\.accumulation=4 .* try 8$"):
+        check_work(engine, plan, build_target(plan.method, plan.key))
