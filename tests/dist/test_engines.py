@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hyper_sd.checkpoint import Checkpoint, load_checkpoint
@@ -120,6 +121,31 @@ def test_on_one_process_another_engine_goes_on_bit_for_bit(teacher: Path, tmp_pa
     launch(teacher, copy, ROOT / "configs" / "accelerate" / "deepspeed_zero1.yaml", *changes, "resume=auto", processes=1)
     assert json.loads((copy / "run.json").read_text())["engine"]["type"] == "zero1"
     assert_ends_like(copy, straight, 0.0, stages=("tscd_1",))
+
+
+def test_feedback_its_guard_and_its_merge_are_the_same_under_zero3(teacher: Path, tmp_path: Path) -> None:
+    feedback = (
+        "only=[refl]",
+        "stages.refl.max_steps=3",
+        "stages.refl.rollout=[1,2]",
+        "stages.refl.guard={every_steps: 1, prompts: 4, steps: [1,2], patience: null, keep: last}",
+    )
+    alone = train(teacher, tmp_path / "alone", *PLAN, *feedback)
+    shared = launch(teacher, tmp_path / "zero3", shards_tiny_weights(tmp_path), *feedback)
+    first, second = (json.loads((run_dir / "refl" / "guard.json").read_text()) for run_dir in (alone, shared))
+    assert first["kept"] == second["kept"] and len(first["history"]) == len(second["history"]) == 4
+    for ours, theirs in zip(first["history"], second["history"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    for part in ("parts/feedback", "lora"):
+        ours, theirs = (changes_of(run_dir / "refl" / f"{part}.safetensors") for run_dir in (alone, shared))
+        assert any(value.any() for value in ours.values()) and distance(ours, theirs) <= 10 * OTHER_PROCESSES, part
+
+
+def changes_of(file: Path) -> dict[str, Tensor]:
+    """B A of every layer: a merge may put it together of other factors."""
+    tensors = {name: value.flatten(1) for name, value in load_file(file).items() if value.ndim > 1}
+    down = ".lora_down.weight"
+    return {name: tensors[name.replace(down, ".lora_up.weight")] @ a for name, a in tensors.items() if name.endswith(down)}
 
 
 def shards_tiny_weights(folder: Path) -> Path:
