@@ -237,9 +237,10 @@ def _explain(config_name: str, overrides: Sequence[str], search: list[str]) -> s
         cfg = hydra.compose(config_name, overrides=[*search, *(line for line in chosen if line)])
     except HydraException:
         return None
+    unchosen = functools.partial(_would_make, cfg, config_name, search, options)
     for override in parsed:
         adds = override.is_add() or override.is_force_add()
-        if not adds and not options(override.key_or_group) and (message := _wrong_key(cfg, override.key_or_group, groups)):
+        if not adds and not options(override.key_or_group) and (message := _wrong_key(cfg, override.key_or_group, groups, unchosen)):
             return message
     return None
 
@@ -253,6 +254,14 @@ def _composes(config_name: str, override: Override, search: list[str]) -> bool:
     return True
 
 
+def _would_make(cfg: DictConfig, config_name: str, search: list[str], options_of: Callable[[str], list[str]], group: str) -> bool:
+    """Whether one of the group's files, of which none is chosen, would make the group's name a key."""
+    try:
+        return group not in cfg and group in hydra.compose(config_name, overrides=[*search, f"{group}={options_of(group)[0]}"])
+    except (HydraException, OmegaConfBaseException):
+        return False
+
+
 def _wrong_option(options_of: Callable[[str], list[str]], override: Override) -> str | None:
     options = options_of(override.key_or_group)
     given = str(override.value())
@@ -261,7 +270,7 @@ def _wrong_option(options_of: Callable[[str], list[str]], override: Override) ->
     return f"{override.key_or_group}={given}: there is no such {override.key_or_group}{_suggestion(given, options)}"
 
 
-def _wrong_key(cfg: DictConfig, key: str, groups: Sequence[str]) -> str | None:
+def _wrong_key(cfg: DictConfig, key: str, groups: Sequence[str], unchosen: Callable[[str], bool]) -> str | None:
     node: Any = OmegaConf.to_container(cfg, resolve=False)
     walked: list[str] = []
     for part in key.split("."):
@@ -273,9 +282,13 @@ def _wrong_key(cfg: DictConfig, key: str, groups: Sequence[str]) -> str | None:
             )
         if not isinstance(node, dict):
             return f"{where}: unknown key; {'.'.join(walked)} is a single value"
-        if part not in node and not walked and part in groups:
+        if not walked and part in groups and unchosen(part):
             return f"{key}: no {part} is chosen; choose one with {part}=NAME (--help lists them), then its keys can be set"
         if part not in node:
+            if not walked and part in groups:
+                alike = next((name for name in node if name.startswith(part) or part.startswith(name)), None)
+                hint = f"; did you mean {alike}?" if alike else "."
+                return f"{key}: {part} is a group of files, not a key{hint} Allowed: {', '.join(node)}"
             return f"{where}: unknown key{_suggestion(part, [*map(str, node), *(() if walked else groups)])}"
         node = node[part]
         walked.append(part)

@@ -22,7 +22,7 @@ GUARD_DRAW = 1 << 21  # the draw of prompts that guards look at; no evaluation h
 
 
 class HeldOutGuard:
-    """Samples the draw's prompts with the training network, as its users will, and keeps the adapter whose held-out reward is highest.
+    """Samples the draw's prompts with the training network in its dtype, and keeps the adapter whose held-out reward is highest.
 
     A row of `history` has the step, the held-out reward's mean over prompts and step counts, that of each trained reward by its name,
     and as `trained` their sum by `weights`. `rewards` has all of them, the held-out one among them.

@@ -31,7 +31,7 @@ class Batch:
 
     def rows(self, rows: Sequence[int]) -> "Batch":
         """Some of the samples, with their draws."""
-        index = send(torch.tensor(rows), self.x0)  # a list would make a GPU wait for each of the tensors
+        index = send(torch.tensor(rows, dtype=torch.long), self.x0)  # a list would make a GPU wait for each of the tensors
         cond, uncond = (tuple(part[index] for part in parts) for parts in (self.cond, self.uncond))
         draws = replace(self.draws, samples=tuple(self.draws.samples[row] for row in rows))
         prompts = tuple(self.prompts[row] for row in rows if self.prompts)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -173,11 +172,6 @@ class Run:
         draw = make_draw(self.config.eval, GUARD_DRAW, plan.guard.prompts, self.source)
         return HeldOutGuard(plan.guard, self.config.eval, self.rewards, weights, self.teacher, self.sampler(name), draw, self.engine)
 
-    @cached_property
-    def stock_pipeline(self) -> Any:
-        """What exports are checked in, in float32."""
-        return load_pipeline(self.config.teacher)
-
     def train_or_stop(self) -> bool:
         """Returns False, with everything saved, if the run was told to stop before the last stage was finished."""
         with Watchdog(self.engine, self.config.engine.timeout_seconds, self.note_failure) as watchdog:
@@ -279,7 +273,7 @@ class Run:
             roles.state_dict(merged),
             self.spec,
             info,
-            pipeline=self.stock_pipeline,
+            pipeline=load_pipeline(self.config.teacher),
             trained=self._trained(stage),
             trained_dtype=self.teacher.dtype,
         )

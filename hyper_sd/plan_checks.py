@@ -84,7 +84,7 @@ def notices(config: RunConfig, facts: TeacherFacts, stages: Mapping[str, Stage])
     if uses_rewards and facts.image_size != IMAGE_SIZE and any(reward.kind == "embedded" for reward in config.rewards.values()):
         yield (
             f"rewards: {', '.join(config.rewards)} knows scenes of {IMAGE_SIZE} pixels alone, and the teacher draws {facts.image_size}: "
-            "its feedback means nothing here. recipe=demo_tscd has none; docs/refl.md lists rewards for photographs"
+            "its feedback means nothing here. recipe=demo_tscd has none; docs/rewards.md lists rewards for photographs"
         )
     for name, stage in stages.items():
         if isinstance(stage, ReFL) and not (stage.reward_weight or stage.tscd_weight or stage.perceptual_weight):

@@ -159,9 +159,11 @@ class Score(RollsOut, TakesAdversarial):
         there would tell them apart.
         """
         clean = torch.full((len(batch.x0),), -1, device=batch.x0.device)
+        last = denoiser.schedule.num_steps - 1
+        if self.step_counts == (1,):
+            return batch.x0, clean, last
         noise = send(batch.draws.normal(Purpose.ADVERSARIAL_REAL, batch.x0.shape[1:]), batch.x0)
-        real = batch.x0 if self.step_counts == (1,) else denoiser.noise(batch.x0, noise, clean)
-        return real, clean, denoiser.schedule.num_steps - 1
+        return denoiser.noise(batch.x0, noise, clean), clean, last
 
     @torch.no_grad()
     def matching_gradient(self, denoiser: Denoiser, batch: Batch, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -28,17 +28,17 @@ def load_teacher(cfg: TeacherConfig, device: torch.device, dtype: torch.dtype) -
     return family(load_stock_pipeline(cfg, family, {"default": dtype, "vae": torch.float32}), facts, device)
 
 
-def load_pipeline(cfg: TeacherConfig, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """A fresh stock diffusers pipeline of the teacher in `dtype` on the CPU, safety checker off."""
+def load_pipeline(cfg: TeacherConfig) -> DiffusionPipeline:
+    """A fresh stock diffusers pipeline of the teacher in float32 on the CPU, safety checker off."""
     family = _family(cfg)
     read_facts(cfg, family)
-    return load_stock_pipeline(cfg, family, {"default": dtype})
+    return load_stock_pipeline(cfg, family, {"default": torch.float32})
 
 
 def load_sampler(cfg: TeacherConfig, device: torch.device) -> Any:
     """The stock pipeline on `device`, to draw with: float32, or on a GPU that trains in half precision float16, as LoRAs are mostly used.
 
-    Samplers compute in the dtype of the latents, and bfloat16's 8 bits show in one step from the last timestep. The VAE is in float32
+    bfloat16's 8 bits show in one step from the last timestep, where the network's answer is multiplied most. The VAE is in float32
     (SDXL's overflows in half precision).
     """
     dtype = torch.float32 if device.type != "cuda" or base_dtype(cfg, device) == torch.float32 else torch.float16

@@ -128,7 +128,7 @@ def test_feedback_its_guard_and_its_merge_are_the_same_under_zero3(teacher: Path
         "only=[refl]",
         "stages.refl.max_steps=3",
         "stages.refl.rollout=[1,2]",
-        "stages.refl.guard={every_steps: 1, prompts: 4, steps: [1,2], patience: null, keep: last}",
+        "stages.refl.guard={every_steps: 1, prompts: 4, steps: [1,2], patience: null}",
     )
     alone = train(teacher, tmp_path / "alone", *PLAN, *feedback)
     shared = launch(teacher, tmp_path / "zero3", shards_tiny_weights(tmp_path), *feedback)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hyper_sd.commands import SampleConfig
 from hyper_sd.config import TeacherConfig
+from hyper_sd.export import call_unet, fixed_inputs, relative_error
 from hyper_sd.randomness import Purpose, generator, normal
 from hyper_sd.sample import (
     Sampler,
@@ -167,10 +168,16 @@ def test_an_adapter_acts_as_in_training_and_leaves_no_trace(tmp_path: Path, conf
 
 def test_an_adapter_in_half_precision_runs_beside_the_weights(tmp_path: Path, config: TeacherConfig):
     """Fused into bf16 weights a small change would be rounded away."""
-    pipe, file = load_pipeline(config, torch.bfloat16), tmp_path / "lora.safetensors"
+    pipe, file = load_pipeline(config).to(torch.bfloat16), tmp_path / "lora.safetensors"
     write_adapter(file, config, stage_recipe(pipe.scheduler.config, (2,), solver_steps=40))
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    stock = load_pipeline(config)
+    inputs = fixed_inputs(stock.unet, 1000)
+    with adapter(stock, file):
+        expected = call_unet(stock.unet, *inputs)
+    assert relative_error(call_unet(pipe.unet, *inputs), expected).min() > 0.1
     with adapter(pipe, file):
+        assert relative_error(call_unet(pipe.unet, *inputs), expected).max() < 0.02
         layers = [module for module in pipe.unet.modules() if isinstance(module, LoraLayer)]
         assert layers and not any(layer.merged for layer in layers)
         assert all(

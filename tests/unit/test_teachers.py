@@ -184,7 +184,7 @@ def test_another_image_size_channel_count_and_vocabulary(tmp_path: Path):
 def test_stock_pipeline_is_fresh_and_draws(sd15: Path, sdxl: Path):
     first, second = load_pipeline(config(sd15)), load_pipeline(config(sd15))
     assert isinstance(first, StableDiffusionPipeline) and first.unet is not second.unet and first.safety_checker is None
-    xl = load_pipeline(config(sdxl, "sdxl"), torch.bfloat16)
+    xl = load_pipeline(config(sdxl, "sdxl")).to(torch.bfloat16)
     assert isinstance(xl, StableDiffusionXLPipeline) and xl.vae.dtype == torch.bfloat16
     for pipeline in (first, xl):
         pipeline.set_progress_bar_config(disable=True)

@@ -14,32 +14,9 @@ from torch import Tensor
 
 from hyper_sd.export import LoraMismatch, added, call_unet, export_lora, export_run, fixed_inputs, relative_error, verify_lora
 from hyper_sd.lora_file import LoraDtype, LoraFormat, inspect_lora, read_lora, save_lora
-from tests.tiny import tiny_sd15, tiny_sdxl
 from tests.trained import RECIPE, SPEC, Trained, train
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("pipelines")
-    return {"sd15": tiny_sd15(root / "sd15"), "sdxl": tiny_sdxl(root / "sdxl")}
-
-
-@pytest.fixture(scope="module")
-def families(paths: dict[str, Path]) -> dict[str, Trained]:
-    return {family: train(family, path) for family, path in paths.items()}
-
-
-@pytest.fixture(scope="module")
-def sd15(families: dict[str, Trained]) -> Trained:
-    return families["sd15"]
-
-
-@pytest.fixture
-def written(sd15: Trained, tmp_path: Path) -> Path:
-    save_lora(tmp_path / "lora.safetensors", sd15.tensors, SPEC, sd15.info)
-    return tmp_path / "lora.safetensors"
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl"])
