@@ -28,6 +28,7 @@ from hyper_sd.structured import nearest
 FREE_TEXT = ("prompt", "data.path")  # commas and braces in the values of these keys are meant literally
 HYDRAS_OWN = ("hydra._internal.", "hydra.experimental.callbacks.", "hydra_plugins.")
 TRACEBACK = "HYPER_SD_TRACEBACK"
+_REFUSED = (HydraException, OmegaConfBaseException, ValueError)  # a bare ValueError from Hydra: a group that was given a number
 
 
 def entry(config_name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
@@ -79,7 +80,7 @@ def compose(config_name: str, overrides: Sequence[str], args: argparse.Namespace
     with hydra.initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
         try:
             cfg = hydra.compose(config_name, overrides=[*search, *overrides], return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
+        except _REFUSED as error:
             fail(_explain(config_name, overrides, search) or _first_lines(error))
         except yaml.YAMLError as error:
             fail(f"a yaml file cannot be read, or asks for more than plain values: {_first_lines(error)}")
@@ -249,7 +250,7 @@ def _composes(config_name: str, override: Override, search: list[str]) -> bool:
     """Whether the override is right by itself: a command may take a name that is no file of the group."""
     try:
         hydra.compose(config_name, overrides=[*search, str(override.input_line)])
-    except (HydraException, OmegaConfBaseException):
+    except (*_REFUSED, yaml.YAMLError):
         return False
     return True
 
@@ -258,13 +259,15 @@ def _would_make(cfg: DictConfig, config_name: str, search: list[str], options_of
     """Whether one of the group's files, of which none is chosen, would make the group's name a key."""
     try:
         return group not in cfg and group in hydra.compose(config_name, overrides=[*search, f"{group}={options_of(group)[0]}"])
-    except (HydraException, OmegaConfBaseException):
+    except (*_REFUSED, yaml.YAMLError):
         return False
 
 
 def _wrong_option(options_of: Callable[[str], list[str]], override: Override) -> str | None:
     options = options_of(override.key_or_group)
     given = str(override.value())
+    if isinstance(override.value(), int | float):
+        return f"{override.key_or_group}={given}: expected a name, got a number (--help lists the names)"
     if given in options:
         return None
     return f"{override.key_or_group}={given}: there is no such {override.key_or_group}{_suggestion(given, options)}"
@@ -284,19 +287,17 @@ def _wrong_key(cfg: DictConfig, key: str, groups: Sequence[str], unchosen: Calla
             return f"{where}: unknown key; {'.'.join(walked)} is a single value"
         if not walked and part in groups and unchosen(part):
             return f"{key}: no {part} is chosen; choose one with {part}=NAME (--help lists them), then its keys can be set"
+        if part not in node and not walked and part in groups:
+            return f"{key}: {part} is a group of files, not a key{_suggestion(part, [*node], similar=0.8)}"
         if part not in node:
-            if not walked and part in groups:
-                alike = next((name for name in node if name.startswith(part) or part.startswith(name)), None)
-                hint = f"; did you mean {alike}?" if alike else "."
-                return f"{key}: {part} is a group of files, not a key{hint} Allowed: {', '.join(node)}"
-            return f"{where}: unknown key{_suggestion(part, [*map(str, node), *(() if walked else groups)])}"
+            return f"{where}: unknown key{_suggestion(part, [*map(str, node), *(() if '.' in key else groups)])}"
         node = node[part]
         walked.append(part)
     return None
 
 
-def _suggestion(given: str, allowed: Sequence[str]) -> str:
-    match = nearest(given, allowed)
+def _suggestion(given: str, allowed: Sequence[str], similar: float = 0.5) -> str:
+    match = nearest(given, allowed, similar)
     return (f"; did you mean {match}?" if match else ".") + f" Allowed: {', '.join(dict.fromkeys(allowed))}"
 
 

@@ -31,7 +31,7 @@ from hyper_sd.report import write as write_report
 from hyper_sd.rewards import Rewards, build_rewards
 from hyper_sd.rewards.segmenter import build_segmenter, check_segmenter
 from hyper_sd.rewards.tiny_decoder import load_tiny_decoder
-from hyper_sd.roles import LoraSpec, Roles
+from hyper_sd.roles import LoraSpec, Role, Roles
 from hyper_sd.run_folder import RunFolder
 from hyper_sd.sample import Recipe, own_samples, recipe_to_json, stage_recipe
 from hyper_sd.stop import Stop
@@ -274,18 +274,24 @@ class Run:
             self.spec,
             info,
             pipeline=load_pipeline(self.config.teacher),
-            trained=self._trained(stage),
-            trained_dtype=self.teacher.dtype,
+            trained=self._network(stage.exports),
+            untrained=self._network(()) if self._in_half_precision else None,
         )
         print(f"{name}: exported and checked in a stock pipeline, relative error {error:.1e}", flush=True)
 
     def _answer_export(self, name: str) -> None:
-        """The call of the training network that the main process makes while it checks its file."""
-        self._trained(self.stages[name])(*fixed_inputs(self.teacher.net, self.facts.schedule.num_steps))
+        """The calls of the training network that the main process makes while it checks its file."""
+        inputs = fixed_inputs(self.teacher.net, self.facts.schedule.num_steps)
+        for role in (self.stages[name].exports, *([()] if self._in_half_precision else [])):
+            self._network(role)(*inputs)
 
-    def _trained(self, stage: Stage) -> Callable[..., torch.Tensor]:
-        """The training network under the exported adapter, called with and answering on the CPU."""
-        teacher, role = self.teacher, stage.exports
+    @property
+    def _in_half_precision(self) -> bool:
+        return self.teacher.dtype != torch.float32
+
+    def _network(self, role: Role) -> Callable[..., torch.Tensor]:
+        """The training network under a role, called with and answering on the CPU."""
+        teacher = self.teacher
 
         def forward(x_t: torch.Tensor, t: torch.Tensor, cond: tuple[torch.Tensor, ...]) -> torch.Tensor:
             with self.context.roles.use(role):

@@ -81,9 +81,9 @@ def build_target(mapping: Mapping[str, Any], key: str) -> Any:
     return structured(cls, {name: value for name, value in mapping.items() if name != "_target_"}, key)
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str | None:
-    """The most similar allowed word, if one is similar at all."""
-    matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+def nearest(word: str, allowed: Iterable[str], similar: float = 0.5) -> str | None:
+    """The most similar allowed word, if one is at least `similar`, between 0 and 1."""
+    matches = difflib.get_close_matches(word, list(allowed), n=1, cutoff=similar)
     return matches[0] if matches else None
 
 

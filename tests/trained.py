@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from hyper_sd.config import TeacherConfig, TeacherGuidanceConfig
+from hyper_sd.denoiser import Forward
 from hyper_sd.export import export_lora, lora_info, verify_lora
+from hyper_sd.guidance import Cond
 from hyper_sd.lora_file import LoraDtype, LoraFormat
 from hyper_sd.lora_metadata import LoraInfo, SamplerRecipe
 from hyper_sd.roles import LoraSpec, Roles
@@ -55,22 +57,29 @@ class Trained:
         return [path for path, _ in self.pipeline.unet.named_modules()]
 
     def export(self, path: Path, format: LoraFormat = "kohya", dtype: LoraDtype = "fp32") -> float:
-        with self.roles.use(("student",)):
-            return export_lora(
-                path,
-                self.tensors,
-                self.roles.spec,
-                self.info,
-                pipeline=self.pipeline,
-                trained=self.teacher.forward,
-                trained_dtype=self.teacher.dtype,
-                format=format,
-                dtype=dtype,
-            )
+        return export_lora(
+            path,
+            self.tensors,
+            self.roles.spec,
+            self.info,
+            pipeline=self.pipeline,
+            trained=self.student,
+            untrained=self.untrained,
+            format=format,
+            dtype=dtype,
+        )
 
     def verify(self, path: Path) -> float:
+        return verify_lora(path, self.pipeline, self.student, self.untrained)
+
+    def student(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         with self.roles.use(("student",)):
-            return verify_lora(path, self.pipeline, self.teacher.forward, self.teacher.dtype)
+            return self.teacher.forward(x_t, t, cond)
+
+    @property
+    def untrained(self) -> Forward | None:
+        """The network without an adapter, where it computes in half precision."""
+        return None if self.teacher.dtype == torch.float32 else self.teacher.forward
 
 
 def train(family: str, path: Path, spec: LoraSpec = SPEC, size: float = 0.3, dtype: torch.dtype = torch.float32) -> Trained:

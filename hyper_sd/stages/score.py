@@ -155,8 +155,8 @@ class Score(RollsOut, TakesAdversarial):
     def _real_points(self, denoiser: Denoiser, batch: Batch) -> tuple[Tensor, Tensor, int]:
         """What is real to the discriminator, its time (B,), the clean end, and the last time it is noised on to.
 
-        The student's samples end as a sampler's do (`drawn`), so the data have the noise of the clean end too: without it, whether any is
-        there would tell them apart.
+        The student's samples end as a sampler's do (`drawn`): at x0 where it is made for one step alone, else with the noise of the clean
+        end. So do the data: whether any noise is there would tell them apart.
         """
         clean = torch.full((len(batch.x0),), -1, device=batch.x0.device)
         last = denoiser.schedule.num_steps - 1

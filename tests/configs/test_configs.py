@@ -258,7 +258,8 @@ def test_guidance_can_be_switched_off() -> None:
 def test_recipe_and_groups_are_free_to_combine() -> None:
     config = run_of("recipe=demo", "teacher=sd15", "teacher.path=here", "data=folder", "data.path=there", "eval.judge=null")
     assert (config.teacher.path, config.data.kind, config.data.path, config.eval.judge) == ("here", "folder", "there", None)
-    assert config.data.batch_size == 32
+    assert config.data.batch_size == 16
+    assert run_of("recipe=demo_tscd").data.batch_size == 32  # what the ablations and the longer run have
 
 
 # ---- mistakes
@@ -281,6 +282,8 @@ def test_recipe_and_groups_are_free_to_combine() -> None:
         ("segmenter.path=x", ["segmenter.path: no segmenter is chosen", "segmenter=NAME"]),
         ("stage.max_steps=5", ["stage.max_steps: stage is a group of files, not a key; did you mean stages?"]),
         ("adapter.rank=4", ["adapter.rank: adapter is a group of files, not a key.", "Allowed:", "lora"]),
+        ("stag.max_steps=5", ["stag: unknown key; did you mean stages?"]),
+        ("recipe=2", ["recipe=2: expected a name, got a number"]),
         ("adversarial.weight=1", ["adversarial.weight: adversarial is a group of files, not a key.", "stages"]),
         ("seed=1,2", ["seed=1,2", "-m"]),
         ("seed=[1", ["[1"]),

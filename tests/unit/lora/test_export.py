@@ -121,6 +121,14 @@ def test_the_rounding_of_a_network_in_bf16_hides_nothing(paths: dict[str, Path],
         verify_lora(path, trained.pipeline, added(trained.pipeline.unet, trained.tensors, SPEC))
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_network_in_bf16_that_runs_the_wrong_role_is_found(paths: dict[str, Path], family: str, tmp_path: Path) -> None:
+    trained, path = train(family, paths[family], size=0.1, dtype=torch.bfloat16), tmp_path / "lora.safetensors"
+    trained.export(path)
+    with pytest.raises(LoraMismatch, match="does not do what the trained network does"):
+        verify_lora(path, trained.pipeline, trained.teacher.forward, trained.teacher.forward)
+
+
 def test_an_added_adapter_leaves_no_trace(sd15: Trained) -> None:
     unet, inputs = sd15.pipeline.unet, fixed_inputs(sd15.pipeline.unet, 1000)
     before = {name: value.clone() for name, value in unet.state_dict().items()}
