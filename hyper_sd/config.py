@@ -143,7 +143,7 @@ class EvalConfig:
     teacher_steps: Count
     judge: Literal["embedded"] | None
     seed: NonNegativeInt
-    batch_size: Count
+    batch_size: Count | None = None
     draws: Count = 1
     sweep_prompts: NonNegativeInt = 0
     reference: Count = 8192
@@ -153,6 +153,10 @@ class EvalConfig:
     start: NonNegativeInt | None = None
     student_guidance: Annotated[float, Range(low=1)] = 1.0
     negatives: NonNegativeInt = 0
+
+    def images_at_once(self, image_size: int) -> int:
+        """`batch_size`, or as many images of `image_size` pixels a side as have two million pixels, at most 64."""
+        return self.batch_size or max(1, min(64, (1 << 21) // image_size**2))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,7 +39,8 @@ class HeldOutGuard:
         draw: Draw,
         processes: Processes,
     ):
-        self._config, self._batch_size, self._rewards, self._weights = config, evaluation.batch_size, rewards, weights
+        self._config, self._rewards, self._weights = config, rewards, weights
+        self._batch_size = evaluation.images_at_once(teacher.image_size)
         self._teacher, self._recipe, self._draw, self._processes = teacher, recipe, draw, processes
         self.history: list[dict[str, float]] = []
 

@@ -144,13 +144,22 @@ class Evaluator:
         """Raises ValueError, naming the key, for a judge that does not know the pipeline's images."""
         pipe = load_sampler(teacher, processes.device)
         judge, reference = None, None
-        check_judge(cfg, latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor)
+        side = latent_shape(pipe, teacher.image_size)[1] * pipe.vae_scale_factor
+        check_judge(cfg, side)
         if cfg.judge is not None:
             judge = Judge.load(asset_dir("judge"))
             features = partial(_on_cpu, judge.features)
             reference = Gaussian.fit(reference_features(features, reference_scenes, cfg.reference, processes, chunk=512))
-        guidance = teacher_guidance(teacher, cfg)
-        return cls(pipe, guidance, cfg.teacher_steps, teacher.image_size, cfg.batch_size, judge, reference, processes)
+        return cls(
+            pipe,
+            teacher_guidance(teacher, cfg),
+            cfg.teacher_steps,
+            teacher.image_size,
+            cfg.images_at_once(side),
+            judge,
+            reference,
+            processes,
+        )
 
     def teacher_row(self, num_steps: int, guidance: float | None = None) -> Sampler:
         return teacher_row(self.pipe.scheduler.config, num_steps, self.guidance if guidance is None else guidance)

@@ -81,7 +81,7 @@ class Recorder:
         return self._reference | columns
 
     def _images(self, job: Job, role: Role, row: Sampler) -> Tensor:
-        pipe, batch_size = self._teacher.pipeline, self._config.eval.batch_size
+        pipe, batch_size = self._teacher.pipeline, self._config.eval.images_at_once(self._teacher.image_size)
         with job.context.roles.use(role):
             latents = sample(
                 pipe, self._draw.prompts, row, seed=self._draw.seed, image_size=self._teacher.image_size, batch_size=batch_size

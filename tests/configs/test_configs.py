@@ -262,6 +262,13 @@ def test_recipe_and_groups_are_free_to_combine() -> None:
     assert run_of("recipe=demo_tscd").data.batch_size == 32  # what the ablations and the longer run have
 
 
+@pytest.mark.parametrize(("recipe", "size", "at_once"), [("demo", 32, 64), ("sd15", 512, 8), ("sdxl", 1024, 2), ("sdxl", 4096, 1)])
+def test_images_sampled_at_once_go_by_their_size(recipe: str, size: int, at_once: int) -> None:
+    path = [] if recipe == "demo" else ["teacher.path=here", "data.path=there"]
+    assert run_of(f"recipe={recipe}", *path).eval.images_at_once(size) == at_once
+    assert run_of(f"recipe={recipe}", *path, "eval.batch_size=3").eval.images_at_once(size) == 3
+
+
 # ---- mistakes
 
 
