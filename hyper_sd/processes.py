@@ -20,7 +20,7 @@ _GRACE_S = 60.0  # the watchdog (watchdog.py) can say more than a collective tha
 class Processes:
     """This process among all. Raises ValueError if processes, engine or backend are not what the launcher was told.
 
-    `cpu_threads` are torch's threads where there is no GPU; None: the machine's cores, shared between its processes. Who waits for
+    `cpu_threads` are torch's threads where there is no GPU; None: the cores it may run on, shared between its processes. Who waits for
     another process longer than `timeout_s` fails.
     """
 
@@ -33,7 +33,7 @@ class Processes:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.verify(launch)
         if on_cpu:
-            torch.set_num_threads(cpu_threads or max(1, (os.cpu_count() or 1) // self.world_size))
+            torch.set_num_threads(cpu_threads or max(1, _cores() // self.world_size))
         self.device = self.accelerator.device
         self._votes = None
         if self.world_size > 1 and dist.get_backend() != "gloo":
@@ -138,6 +138,11 @@ def _join_again(backend: str, timeout: timedelta) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=dist.PrefixStore(f"life/{life}", store), rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _cores() -> int:
+    """Those that this process may run on: fewer than the machine's under Slurm, in a container or behind taskset."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _backend() -> str | None:

@@ -52,7 +52,7 @@ def save_grid(path: Path, columns: Mapping[str, Tensor], prompts: Sequence[str])
     """A labelled PNG: one row a prompt, one column an entry of `columns`, each images (len(prompts), 3, H, W) in [0, 1]."""
     image = draw_grid(columns, prompts)
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")
     replace_file(path, buffer.getvalue())
 
 

@@ -1,7 +1,17 @@
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start; several tests run side by side
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that leaves torch with more would slow down all that follow it in the process."""
+    yield
+    assert torch.get_num_threads() == 1

@@ -30,7 +30,7 @@ GPU_SHORT = [f"stages.{stage}.max_steps=2" for stage in GPU_STAGES]
 
 
 def train(*overrides: str) -> None:
-    run_plan(run_config(compose("train", [literal(text) for text in overrides])))
+    run_plan(run_config(compose("train", ["engine.cpu_threads=1", *(literal(text) for text in overrides)])))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,6 @@ FEEDBACK = [
     "stages.refl.max_steps=2",
     "stages.refl.guard={every_steps: 2, prompts: 2, steps: [1], patience: 3}",
     "lora.rank=8",
-    "engine.cpu_threads=1",
 ]
 
 
@@ -248,7 +247,7 @@ def test_trackers(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_an_ablation_makes_its_table(recipe: str, short: list[str], rows: dict[str, set[str]], tmp_path: Path) -> None:
     teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
     tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64", "lora.rank=4"]
-    run_ablation(run_config(compose("train", [f"recipe={recipe}", "seeds=2", *tiny, *short, f"run.dir={run_dir}"])))
+    run_ablation(run_config(compose("train", [f"recipe={recipe}", "seeds=2", "engine.cpu_threads=1", *tiny, *short, f"run.dir={run_dir}"])))
     plans = json.loads((run_dir / "ablation.json").read_text())["plans"]
     assert plans.keys() == rows.keys() and all(rows[name] <= plans[name].keys() for name in rows)
     assert all(len(values) == 2 for found in plans.values() for row in found.values() for values in row.values())

@@ -1,9 +1,11 @@
 """What the launcher was told is what runs, or there is one clear message."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from hyper_sd.launcher import Launch, require_one_process
 from hyper_sd.processes import Processes
@@ -53,6 +55,19 @@ def test_another_engine_than_the_launcher_asked_for() -> None:
     processes = Processes(1)
     with pytest.raises(ValueError, match="asks for the engine zero2 but accelerate set up plain"):
         processes.verify(Launch(num_processes=1, zero_stage=2))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to cores")
+def test_threads_are_the_cores_that_the_process_may_run_on() -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        torch.set_num_threads(2)
+        Processes()
+        assert torch.get_num_threads() == 1
+    finally:
+        os.sched_setaffinity(0, cores)
+        torch.set_num_threads(1)
 
 
 def test_commands_that_write_one_file_run_alone() -> None:
