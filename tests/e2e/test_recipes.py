@@ -228,27 +228,30 @@ def test_trackers(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)  # the whole chain and its evaluation, up to six times
+@pytest.mark.timeout(400)  # the whole chain and its evaluation, up to four times
 @pytest.mark.parametrize(
-    ("recipe", "short", "rows"),
+    ("recipe", "seeds", "short", "rows"),
     [
         (
             "demo_ablation",
+            2,
             [*SHORT[:-2], "plans.single_stage.consistency.max_steps=8"],
             {"full": {"stage k = 4 at 4 steps", "final at 2 steps"}, "single_stage": {"final at 1 step", "final at 2 steps"}},
         ),
         (
             "ablation",
+            1,
             [*GPU_SHORT, "plans.dmd.score.max_steps=18", "plans.tcd_dmd.tcd.max_steps=8"],
             {"full": {"before score at 2 steps", "final at 1 step"}, "dmd": {"final at 1 step"}, "tcd_dmd": {"before score at 2 steps"}},
         ),
     ],
 )
-def test_an_ablation_makes_its_table(recipe: str, short: list[str], rows: dict[str, set[str]], tmp_path: Path) -> None:
+def test_an_ablation_makes_its_table(recipe: str, seeds: int, short: list[str], rows: dict[str, set[str]], tmp_path: Path) -> None:
     teacher, run_dir = tiny_sd15(tmp_path / "teacher"), tmp_path / "run"
-    tiny = [f"teacher.path={teacher}", "data.batch_size=4", "eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64", "lora.rank=4"]
-    run_ablation(run_config(compose("train", [f"recipe={recipe}", "seeds=2", "engine.cpu_threads=1", *tiny, *short, f"run.dir={run_dir}"])))
+    tiny = [f"teacher.path={teacher}", "data.batch_size=4", "lora.rank=4", "engine.cpu_threads=1"]
+    tiny += ["eval.prompts=8", "eval.teacher_steps=2", "eval.reference=64"]
+    run_ablation(run_config(compose("train", [f"recipe={recipe}", f"seeds={seeds}", *tiny, *short, f"run.dir={run_dir}"])))
     plans = json.loads((run_dir / "ablation.json").read_text())["plans"]
     assert plans.keys() == rows.keys() and all(rows[name] <= plans[name].keys() for name in rows)
-    assert all(len(values) == 2 for found in plans.values() for row in found.values() for values in row.values())
+    assert all(len(values) == seeds for found in plans.values() for row in found.values() for values in row.values())
     assert "| final at 2 steps | accuracy |" in (run_dir / "ablation.md").read_text()
