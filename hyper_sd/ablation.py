@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hyper_sd.config import RunConfig, RunDirConfig, StagePlan
+from hyper_sd.config import RunConfig, StagePlan
 from hyper_sd.engines import start_engine
 from hyper_sd.files import replace_file, write_json
 from hyper_sd.measure import Evaluator, Job, Row, make_draw
@@ -80,7 +80,7 @@ def runs_of(config: RunConfig) -> Iterator[tuple[str, int, RunConfig]]:
     """(plan, seed, its run) for every seed, each in a directory of its own."""
     for seed in range(config.seed, config.seed + (config.seeds or 1)):
         for plan, stages in {FULL: config.stages, **config.plans}.items():
-            run_dir = RunDirConfig(dir=str(Path(config.run.dir) / f"{plan}_seed{seed}"))
+            run_dir = replace(config.run, dir=str(Path(config.run.dir) / f"{plan}_seed{seed}"))
             yield plan, seed, replace(config, name=f"{plan}_seed{seed}", seed=seed, run=run_dir, stages=stages, plans={}, seeds=None)
 
 

@@ -7,7 +7,7 @@ evaluation itself, which can only make the gaps larger.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -181,6 +181,7 @@ def evaluate(
     """
     started = time.monotonic()
     check_prompts(cfg)
+    check_shares(cfg, metrics.names, processes.world_size)
     if cfg.prompts == 0:
         raise ValueError("eval.prompts=0: there is nothing to evaluate on")
     if cfg.judge is None and source is None:
@@ -297,6 +298,15 @@ def check_prompts(cfg: EvalConfig) -> None:
     for name in ("prompts", "sweep_prompts"):
         if cfg.judge is not None and 0 < getattr(cfg, name) < _MIN_PROMPTS:
             raise ValueError(f"eval.{name} must be at least {_MIN_PROMPTS}, for a Fréchet distance, or 0: got {getattr(cfg, name)}")
+
+
+def check_shares(cfg: EvalConfig, metrics: Collection[str], num_processes: int) -> None:
+    """Raise ValueError where `metrics` would find no image in some process."""
+    if metrics and 0 < cfg.prompts < num_processes:
+        raise ValueError(
+            f"eval.prompts={cfg.prompts}: every process measures a share of the images, so there must be as many as the {num_processes} "
+            "processes at least, or none"
+        )
 
 
 def _samplers(rows: Mapping[int, Row]) -> Recipe:

@@ -30,6 +30,15 @@ def write_json(path: Path, content: Any) -> None:
     replace_file(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
+_umask = os.umask(0)  # it can only be read by setting it, which is safe while there is one thread: now
+os.umask(_umask)
+
+
+def share(path: Path) -> None:
+    """Give a file or a directory the permissions of any other: temporary ones, and those of safetensors, are for their owner alone."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask)
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)

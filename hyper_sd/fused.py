@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hyper_sd.export import TOLERANCE, LoraMismatch, adapter_output, call_unet, fixed_inputs, relative_error, run_adapter, run_pipeline
-from hyper_sd.files import fsync
+from hyper_sd.files import fsync, share
 from hyper_sd.lora_file import DTYPES, LoraDtype
 from hyper_sd.sample import adapter
 
@@ -34,6 +34,7 @@ def export_fused(run_dir: Path, *, stage: str | None, dtype: LoraDtype, out: Pat
     (partial / RECIPE).write_text(json.dumps(info.recipe, indent=1) + "\n")
     error = _verify(partial, pipeline, source, TOLERANCE[DTYPES[dtype]])
     for path in (*partial.iterdir(), partial):
+        share(path)
         fsync(path)
     partial.rename(out)
     return out, error

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hyper_sd.files import fsync
+from hyper_sd.files import fsync, share
 from hyper_sd.lora_metadata import DIFFUSERS_KEY, LoraInfo, diffusers_metadata, to_info, to_metadata, to_targets, with_recipe
 from hyper_sd.lora_metadata import SamplerRecipe as SamplerRecipe
 from hyper_sd.lora_metadata import SamplerRow as SamplerRow
@@ -300,6 +300,7 @@ def _atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            share(temporary)
             fsync(temporary)
             os.replace(temporary, path)
         finally:

@@ -11,7 +11,7 @@ from hyper_sd.measure import Evaluator, Job
 from hyper_sd.randomness import Purpose, fold
 from hyper_sd.sample import adapter, decode, quiet, sample
 
-_DRAW = 1 << 21  # of scenes that no other evaluation draws
+_DRAW = 1 << 23  # of scenes that no other evaluation draws
 
 
 @dataclass(frozen=True)

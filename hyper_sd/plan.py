@@ -14,7 +14,7 @@ from hyper_sd.data import BadSamples, Source, build_source
 from hyper_sd.denoiser import Denoiser
 from hyper_sd.engine import Engine
 from hyper_sd.engines import start_engine
-from hyper_sd.evaluate import evaluate_run
+from hyper_sd.evaluate import check_shares, evaluate_run
 from hyper_sd.export import export_lora, fixed_inputs, lora_info, save_parts
 from hyper_sd.files import replace_file
 from hyper_sd.guard import GUARD_DRAW, HeldOutGuard
@@ -68,6 +68,7 @@ def open_run(config: RunConfig, engine: Engine) -> "Iterator[Run]":
     stages = check_plan(config, facts)
     for name, plan in config.selected.items():
         check_work(engine, plan, stages[name])
+    check_shares(config.eval, config.judges, engine.world_size)
     instances = any(stage.uses_instances for stage in stages.values())
     source = build_source(config.data, seed=config.seed, image_size=facts.image_size, fingerprint=facts.fingerprint, instances=instances)
     check_groups(config, source)

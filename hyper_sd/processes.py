@@ -20,8 +20,8 @@ _GRACE_S = 60.0  # the watchdog (watchdog.py) can say more than a collective tha
 class Processes:
     """This process among all. Raises ValueError if processes, engine or backend are not what the launcher was told.
 
-    `cpu_threads` are torch's threads where there is no GPU; None: the cores it may run on, shared between its processes. Who waits for
-    another process longer than `timeout_s` fails.
+    `cpu_threads` are torch's threads where there is no GPU; None: the cores that this process may run on, shared between those on its
+    machine. Who waits for another process longer than `timeout_s` fails.
     """
 
     def __init__(self, cpu_threads: int | None = None, timeout_s: float = 1800.0):
@@ -33,7 +33,7 @@ class Processes:
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.verify(launch)
         if on_cpu:
-            torch.set_num_threads(cpu_threads or max(1, _cores() // self.world_size))
+            torch.set_num_threads(cpu_threads or max(1, _cores() // _neighbours(self.world_size)))
         self.device = self.accelerator.device
         self._votes = None
         if self.world_size > 1 and dist.get_backend() != "gloo":
@@ -141,8 +141,13 @@ def _join_again(backend: str, timeout: timedelta) -> None:
 
 
 def _cores() -> int:
-    """Those that this process may run on: fewer than the machine's under Slurm, in a container or behind taskset."""
+    """Those that this process may run on: fewer than the machine's under Slurm or taskset."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _neighbours(world_size: int) -> int:
+    """Processes on this machine, of all."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def _backend() -> str | None:

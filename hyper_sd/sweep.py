@@ -62,7 +62,9 @@ def choose(
         jobs |= {(FINAL, n, number): Job(final.file, row) for n in recipe for number, row in _variants(recipe[n]).items()}
     rows = evaluator.measure(jobs, draws, ends, metrics, title="choosing the samplers")
     best = {
-        (owner, n): _best({key: row for key, row in rows.items() if key[:2] == (owner, n)}, recipe[n] if owner == FINAL else None)
+        (owner, n): _best(
+            {key: row for key, row in rows.items() if key[:2] == (owner, n)}, (FINAL, n, _number(recipe[n])) if owner == FINAL else None
+        )
         for owner, n in {key[:2] for key in rows}
     }
     best[TEACHER, cfg.teacher_steps] = _teacher_key(evaluator, cfg.teacher_steps, 1.0)  # given, not chosen
@@ -77,9 +79,9 @@ def _teacher_key(evaluator: Evaluator, num_steps: int, share: float) -> Key:
     return TEACHER, num_steps, 1 + share * (evaluator.guidance - 1)
 
 
-def _best(rows: Mapping[Key, Row], own: Sampler | None = None) -> Key:
-    """The lowest FD. For the final adapter, whose file says `own`, among those that are nearly as often right as the best, since FD can
-    gain from leaving the caption; and `own` unless another is lower by more than a standard error of their difference."""
+def _best(rows: Mapping[Key, Row], own: Key | None = None) -> Key:
+    """The lowest FD. For the final adapter, whose file says what `own` does, among those that are nearly as often right as the best,
+    since FD can gain from leaving the caption; and `own` unless another is lower by more than a standard error of their difference."""
 
     def figure(key: Key, name: str) -> float:
         return rows[key].to_json()[name]
@@ -89,8 +91,7 @@ def _best(rows: Mapping[Key, Row], own: Sampler | None = None) -> Key:
     floor = max(figure(key, "accuracy") for key in rows) - _NEARLY_AS_RIGHT
     eligible = [key for key in rows if figure(key, "accuracy") >= floor]
     best = min(eligible, key=lambda key: figure(key, "frechet"))
-    stay = next((key for key in eligible if rows[key].sampler == own), None)
-    return best if stay is None or _is_lower(rows[best].frechet, rows[stay].frechet) else stay
+    return best if own not in eligible or _is_lower(rows[best].frechet, rows[own].frechet) else own
 
 
 def _is_lower(one: Jackknifed | None, other: Jackknifed | None) -> bool:
@@ -99,15 +100,24 @@ def _is_lower(one: Jackknifed | None, other: Jackknifed | None) -> bool:
     return difference.value < -difference.standard_error
 
 
-def _variants(row: Sampler) -> dict[float, Sampler]:
-    """The alternatives of one row: several start timesteps for one step, several eta for more; only TCD has them."""
+def _number(row: Sampler) -> float:
+    """What tells a row from its alternatives: the start timestep of one step, eta of more."""
     if row.scheduler != "TCDScheduler":
-        return {0.0: row}
+        return 0.0
     if row.num_steps > 1:
-        return {eta: replace(row, eta=eta) for eta in _ETAS}
+        return row.eta or 0.0
+    return row.timesteps[0] if row.timesteps else row.config["num_train_timesteps"] - 1
+
+
+def _variants(row: Sampler) -> dict[float, Sampler]:
+    """A row and its alternatives by their number; only TCD has any."""
+    if row.scheduler != "TCDScheduler":
+        return {_number(row): row}
+    if row.num_steps > 1:
+        return {eta: replace(row, eta=eta) for eta in sorted({*_ETAS, _number(row)})}
     num_steps, solver_steps = row.config["num_train_timesteps"], row.config["original_inference_steps"]
-    starts = [round(share * solver_steps) * (num_steps // solver_steps) - 1 for share in _STARTS]
-    rows = {start: tcd_row(row.config, 1, solver_steps=solver_steps, eta=0.0, start=start) for start in starts}
+    starts = {round(share * solver_steps) * (num_steps // solver_steps) - 1 for share in _STARTS} | {int(_number(row))}
+    rows = {start: tcd_row(row.config, 1, solver_steps=solver_steps, eta=0.0, start=start) for start in sorted(starts, reverse=True)}
     return {start: replace(alternative, guidance_scale=row.guidance_scale) for start, alternative in rows.items()}
 
 

@@ -14,4 +14,6 @@ torch.set_num_threads(1)
 def one_thread() -> Iterator[None]:
     """A test that leaves torch with more would slow down all that follow it in the process."""
     yield
-    assert torch.get_num_threads() == 1
+    left = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert left == 1

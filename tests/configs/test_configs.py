@@ -12,7 +12,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from omegaconf import OmegaConf
 
-from hyper_sd.ablation import check_equal_cost, check_plans
+from hyper_sd.ablation import check_equal_cost, check_plans, runs_of
 from hyper_sd.cli import compose
 from hyper_sd.config import FeaturesConfig, FilesConfig, RewardConfig, RunConfig, SegmenterConfig, run_config
 from hyper_sd.paths import asset_dir, config_dir
@@ -153,6 +153,12 @@ def test_the_plans_of_an_ablation_cost_the_same(recipe: str, plans: list[str]) -
         check_equal_cost(
             run_of(f"recipe={recipe}", "data.batch_size=16", f"plans.{plans[0]}.{next(iter(config.plans[plans[0]]))}.max_steps=8")
         )
+
+
+def test_what_an_ablation_accepts_holds_for_each_of_its_runs() -> None:
+    runs = [run for _, _, run in runs_of(run_of("recipe=demo_ablation", "run.dir=here", "run.accept_changed=[data.path]"))]
+    assert {run.run.dir for run in runs} == {f"here/{plan}_seed{seed}" for plan in ("full", "single_stage") for seed in range(3)}
+    assert all(run.run.accept_changed == ("data.path",) for run in runs)
 
 
 def test_paths_lead_to_files() -> None:

@@ -13,7 +13,7 @@ from hyper_sd.cli import compose
 from hyper_sd.commands import DiversityConfig, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
-from hyper_sd.evaluate import Evaluation, evaluate, evaluate_again, evaluate_lora, evaluate_run, read_run
+from hyper_sd.evaluate import Evaluation, check_shares, evaluate, evaluate_again, evaluate_lora, evaluate_run, read_run
 from hyper_sd.measure import Evaluator, Job, Row, make_draw
 from hyper_sd.metrics import Jackknifed
 from hyper_sd.processes import Processes
@@ -123,7 +123,7 @@ def test_the_sweep_is_reported_and_its_choice_used(judged: Evaluation):
     chosen = next(row for row in starts if row["chosen"])
     assert report["sampler"]["final"]["1"]["timesteps"] == [chosen["start"]]
     etas = [row for row in sweep if (row["adapter"], row["steps"]) == ("final", 2)]
-    assert [row["eta"] for row in etas] == [0.0, 0.3, 0.6, 1.0]
+    assert [row["eta"] for row in etas] == [0.0, 0.3, 0.5, 0.6, 1.0]  # .5 is the file's own
     assert report["sampler"]["final"]["2"]["eta"] == next(row["eta"] for row in etas if row["chosen"])
 
 
@@ -267,6 +267,14 @@ def test_settings_that_cannot_be_evaluated(teacher: TeacherConfig, files: dict[s
         evaluate(teacher, settings(**changes), files, None, Processes(1))
 
 
+def test_every_process_needs_an_image_to_measure():
+    check_shares(settings(prompts=6), [], num_processes=8)
+    check_shares(settings(prompts=6), ["embedded"], num_processes=6)
+    check_shares(settings(prompts=0), ["embedded"], num_processes=8)
+    with pytest.raises(ValueError, match=r"eval.prompts=6: every process measures a share .* as many as the 8 processes"):
+        check_shares(settings(prompts=6), ["embedded"], num_processes=8)
+
+
 def test_the_judge_refuses_other_image_sizes(tmp_path: Path):
     large = teacher_config(tiny_sd15(tmp_path, image_size=64))
     with pytest.raises(ValueError, match=r"32 pixels, this teacher draws 64; set eval\.judge=null"):
@@ -377,7 +385,7 @@ def test_the_final_adapter_leaves_its_own_sampler_only_for_a_clearly_better_one(
 
     def chosen(*rows: Row) -> float:
         keyed = {("final", 2, number): row for number, row in enumerate(rows)}
-        return keyed[_best(keyed, tcd_row(BETAS, 2, solver_steps=8, eta=1.0))].sampler.eta
+        return keyed[_best(keyed, ("final", 2, 0))].sampler.eta
 
     assert chosen(row(2.0, 0.1, 0.9, 1.0), row(1.9, 0.4, 0.9, 0.0)) == 1.0  # within the error of the difference
     assert chosen(row(2.0, 0.1, 0.9, 1.0), row(1.0, 0.1, 0.9, 0.0)) == 0.0

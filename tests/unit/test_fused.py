@@ -52,6 +52,10 @@ def test_half_precision_and_a_directory_that_exists(tmp_path: Path) -> None:
     out, error = export_fused(tmp_path / "run", stage=None, dtype="fp16", out=tmp_path / "unet")
     weights = load_file(out / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16} and 0 < error < 1e-2
+    (tmp_path / "any").mkdir()
+    (tmp_path / "any" / "file").touch()
+    assert out.stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "any" / "file").stat().st_mode}
     before = sorted(path.name for path in tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=r"out=.*exists"):
         export_fused(tmp_path / "run", stage=None, dtype="fp16", out=out)

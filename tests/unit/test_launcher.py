@@ -57,7 +57,9 @@ def test_another_engine_than_the_launcher_asked_for() -> None:
         processes.verify(Launch(num_processes=1, zero_stage=2))
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no process to cores")
+@pytest.mark.skipif(
+    torch.cuda.is_available() or not hasattr(os, "sched_setaffinity"), reason="needs a CPU and a system that binds to cores"
+)
 def test_threads_are_the_cores_that_the_process_may_run_on() -> None:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})

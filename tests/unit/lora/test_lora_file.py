@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hyper_sd.lora_file import LoraFormat, inspect_lora, read_lora, save_lora
+from hyper_sd.lora_file import LoraFormat, inspect_lora, read_lora, replace_recipe, save_lora
 from hyper_sd.roles import LoraSpec
 from hyper_sd.teachers import inspect_teacher
 from tests.trained import SPEC, Trained
@@ -18,6 +18,13 @@ def test_equal_contents_are_equal_bytes(sd15: Trained, written: Path, tmp_path: 
     for number in range(4):  # the order of safetensors' metadata changes from call to call
         save_lora(tmp_path / f"{number}.safetensors", sd15.tensors, SPEC, sd15.info)
         assert (tmp_path / f"{number}.safetensors").read_bytes() == written.read_bytes()
+
+
+def test_others_may_read_what_they_may_of_any_file(sd15: Trained, written: Path, tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    assert written.stat().st_mode == (tmp_path / "any").stat().st_mode
+    replace_recipe(written, sd15.info.recipe)
+    assert written.stat().st_mode == (tmp_path / "any").stat().st_mode
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
