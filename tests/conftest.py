@@ -2,7 +2,7 @@ import os
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start; several tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # for commands that leave torch its default; several tests run side by side
 
 import pytest
 import torch

@@ -57,19 +57,17 @@ def test_another_engine_than_the_launcher_asked_for() -> None:
         processes.verify(Launch(num_processes=1, zero_stage=2))
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() or not hasattr(os, "sched_setaffinity"), reason="needs a CPU and a system that binds to cores"
-)
-def test_threads_are_the_cores_that_the_process_may_run_on() -> None:
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        torch.set_num_threads(2)
-        Processes()
-        assert torch.get_num_threads() == 1
-    finally:
-        os.sched_setaffinity(0, cores)
-        torch.set_num_threads(1)
+@pytest.mark.parametrize(("local", "threads"), [(None, 6), ("2", 3), ("8", 1)])
+def test_threads_are_the_cores_it_may_run_on_shared_with_its_neighbours(
+    local: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    Processes()
+    found = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert found == threads
 
 
 def test_commands_that_write_one_file_run_alone() -> None:
