@@ -13,7 +13,7 @@ from hyper_sd.cli import compose
 from hyper_sd.commands import DiversityConfig, EvaluateConfig, MetricsConfig
 from hyper_sd.config import DataConfig, EvalConfig, FeaturesConfig, RewardConfig, TeacherConfig, run_config
 from hyper_sd.data import Samples
-from hyper_sd.evaluate import NO_METRICS, Evaluation, check_shares, evaluate, evaluate_again, evaluate_lora, evaluate_run, read_run
+from hyper_sd.evaluate import Evaluation, check_shares, evaluate, evaluate_again, evaluate_lora, evaluate_run, read_run
 from hyper_sd.measure import Evaluator, Job, Row, make_draw
 from hyper_sd.metrics import Jackknifed
 from hyper_sd.processes import Processes
@@ -273,8 +273,9 @@ def test_every_process_needs_an_image_to_measure(teacher: TeacherConfig, files: 
     check_shares(settings(prompts=0), ["embedded"], num_processes=8)
     processes = Processes(1)
     processes.world_size = 8
+    metrics = MetricsConfig(names=("kid",), features=FeaturesConfig(kind="judge"))
     with pytest.raises(ValueError, match=r"eval.prompts=6: every process measures a share .* as many as the 8 processes"):
-        evaluate(teacher, settings(prompts=6), files, None, processes, Captions(), replace(NO_METRICS, names=("kid",)))
+        evaluate(teacher, settings(prompts=6), files, None, processes, Captions(), metrics)
 
 
 def test_the_judge_refuses_other_image_sizes(tmp_path: Path):
